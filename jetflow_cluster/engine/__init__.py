@@ -1,0 +1,1 @@
+"""The engine: one step function over one ragged batch."""

@@ -1,0 +1,324 @@
+"""The step: schedule, draft, build, verify, accept, commit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from jetflow_cluster.cache.page_pool import PagePool
+from jetflow_cluster.cache.prefix_cache import PrefixCache
+from jetflow_cluster.engine.batch import StepBatch, build_batch, wants_prompt_logprobs
+from jetflow_cluster.engine.choice import TargetChoice
+from jetflow_cluster.engine.protocols import Drafter, ScheduledRequest, StepPlan, StepRecord, TreeBuilder, TreeRecord
+from jetflow_cluster.engine.request import Request
+from jetflow_cluster.engine.scheduler import Scheduler
+from jetflow_cluster.engine.target_runner import TargetRunner
+from jetflow_cluster.layers.sampler import token_logprobs
+from jetflow_cluster.tree.accept import AcceptedPath, accept_trees
+from jetflow_cluster.tree.build import CandidateTable, build_trees
+from jetflow_cluster.tree.draft_tree import DraftTree
+from jetflow_cluster.types import EngineStats, FinishReason, RequestDelta
+
+_log = logging.getLogger(__name__)
+
+
+def build_planned_trees(plan: StepPlan, tables: Sequence[CandidateTable | None]) -> list[DraftTree]:
+    """The most probable prefixes under each item's table; a prompt chunk gets a bare root."""
+    return build_trees(
+        tables,
+        [item.request.token_ids[-1] for item in plan.items],
+        max_nodes=[item.max_tree_nodes for item in plan.items],
+        max_depths=[item.max_depth for item in plan.items],
+        verify_budget=plan.tree_budget,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Verified:
+    """What the target said about a batch."""
+
+    logits: torch.Tensor | None
+    taps: torch.Tensor | None
+
+
+class Engine:
+    """Runs requests through one target and at most one drafter. Not thread-safe: one thread steps and adds."""
+
+    def __init__(
+        self,
+        target: TargetRunner,
+        drafter: Drafter | None,
+        scheduler: Scheduler,
+        *,
+        prefix_cache: PrefixCache | None,
+        tree_builder: TreeBuilder = build_planned_trees,
+    ):
+        self.target = target
+        self.drafter = drafter
+        self.scheduler = scheduler
+        self.prefix_cache = prefix_cache
+        self.tree_builder = tree_builder
+        #: Called behind each step, for tracing.
+        self.on_step: Callable[[StepRecord], None] | None = None
+        self.requests: dict[str, Request] = {}
+        self.num_steps = self.num_finished = self.num_generated_tokens = 0
+        self._early: list[RequestDelta] = []
+
+    @property
+    def pool(self) -> PagePool:
+        """The pages that target and draft context share."""
+        return self.scheduler.pool
+
+    @property
+    def has_work(self) -> bool:
+        """True while a step would do something."""
+        return bool(self.requests or self._early)
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Prior output tokens are replayed; if they end it, the next step says so."""
+        if request.request_id in self.requests:
+            raise ValueError(f"request_id = {request.request_id!r}: already in use")
+        prior = list(request.params.prior_output_token_ids)
+        if prior:
+            request.append(prior)
+        if request.finish_reason is not None:
+            self._early.append(self._delta(request, [], "", 0))
+            return
+        self.requests[request.request_id] = request
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> RequestDelta | None:
+        """Ends a request at once and frees its pages; None when it is unknown or has ended."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return None
+        text = request.finish(FinishReason.ABORT)
+        self._drop(request)
+        return self._delta(request, [], text, 0)
+
+    @torch.inference_mode()
+    def step(self) -> list[RequestDelta]:
+        """One step over the batch; the deltas of all requests that got tokens or ended.
+
+        An exception ends the requests of the step with reason ``error``, and only those.
+        """
+        deltas, self._early = self._early, []
+        plan = self.scheduler.schedule()
+        if not plan.items:
+            return deltas
+        try:
+            tables = self.drafter.draft(plan) if self.drafter and plan.speculates else [None] * len(plan.items)
+            trees = self.tree_builder(plan, tables)
+            batch = build_batch(plan, trees, self.target.page_size, self.target.device)
+            verified = self._verify(plan, batch)
+            paths = self._accept(plan, trees, batch, verified)
+            deltas += self._commit(plan, trees, batch, verified, paths)
+        except Exception as error:
+            _log.exception("step %d failed; its %d requests end", self.num_steps, len(plan.items))
+            deltas += self._fail(plan, error)
+        self.num_steps += 1
+        return deltas
+
+    def reset_counters(self) -> None:
+        """Forgets what was counted, as behind a warm-up."""
+        self.num_steps = self.num_finished = self.num_generated_tokens = 0
+        self.scheduler.num_preemptions = 0
+
+    def stats(self) -> EngineStats:
+        """Counters at this moment."""
+        return EngineStats(
+            num_pages=self.pool.num_pages,
+            num_free_pages=self.pool.num_free,
+            num_used_pages=self.pool.num_used,
+            num_cached_pages=self.pool.num_cached,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_steps=self.num_steps,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_finished=self.num_finished,
+            num_generated_tokens=self.num_generated_tokens,
+        )
+
+    def _verify(self, plan: StepPlan, batch: StepBatch) -> _Verified:
+        reads_taps = self.drafter is not None and any(item.request.wants_speculation for item in plan.items)
+        tap_ids = self.drafter.tap_layer_ids if self.drafter is not None and reads_taps else ()
+        logits, taps = self.target.verify(batch, tap_ids)
+        return _Verified(logits=logits, taps=taps)
+
+    def _accept(
+        self, plan: StepPlan, trees: list[DraftTree], batch: StepBatch, verified: _Verified
+    ) -> list[AcceptedPath | None]:
+        """The accepted path of each item that chooses a token; None for the others."""
+        chosen = [i for i, item in enumerate(plan.items) if item.is_last]
+        paths: list[AcceptedPath | None] = [None] * len(plan.items)
+        if not chosen or verified.logits is None:
+            return paths
+        items = [plan.items[i] for i in chosen]
+        # A prompt chunk is chosen from at its last row.
+        ends = [*batch.logits_starts[1:], len(batch.logits_rows)]
+        roots = [batch.logits_starts[i] if plan.items[i].num_rows == 1 else ends[i] - 1 for i in chosen]
+        choice = TargetChoice(items, roots, verified.logits)
+        for i, path in zip(chosen, accept_trees([trees[i] for i in chosen], choice), strict=True):
+            paths[i] = path
+        return paths
+
+    def _commit(
+        self,
+        plan: StepPlan,
+        trees: list[DraftTree],
+        batch: StepBatch,
+        verified: _Verified,
+        paths: list[AcceptedPath | None],
+    ) -> list[RequestDelta]:
+        self._commit_kv(plan, paths)
+        self._keep_fused(plan, batch, verified, paths)
+        deltas: list[RequestDelta] = []
+        records: list[TreeRecord] = []
+        for i, (item, tree, path) in enumerate(zip(plan.items, trees, paths, strict=True)):
+            request = item.request
+            self._report_logprobs(i, item, batch, verified, path)
+            if path is None:
+                request.num_computed += item.num_rows
+                self._share_pages(request)
+                continue
+            context = request.num_computed
+            appended = request.append(path.token_ids)
+            num_kept = len(appended.token_ids)
+            request.num_computed = context + (num_kept if item.num_rows == 1 else item.num_rows)
+            num_accepted = min(num_kept, len(path.nodes) - 1)
+            if item.num_rows == 1:
+                request.speculation.record(tree.num_nodes - 1, num_accepted)
+            self.num_generated_tokens += num_kept
+            self._share_pages(request)
+            deltas.append(self._delta(request, appended.token_ids, appended.text, num_accepted))
+            records.append(
+                TreeRecord(
+                    request_id=request.request_id,
+                    tree=tree,
+                    accepted_nodes=path.nodes[: num_kept + 1],
+                    token_ids=appended.token_ids,
+                )
+            )
+            if request.finish_reason is not None:
+                self._share_draft_context(request)
+                self._drop(request)
+        if self.on_step is not None:
+            self.on_step(StepRecord(step=self.num_steps, requests=records))
+        return deltas
+
+    def _commit_kv(self, plan: StepPlan, paths: list[AcceptedPath | None]) -> None:
+        source: list[int] = []
+        target: list[int] = []
+        for item, path in zip(plan.items, paths, strict=True):
+            if path is None or item.num_rows > 1:
+                continue
+            context = item.request.num_computed
+            slots = item.request.pages.slots(context, context + path.nodes[-1] + 1)
+            for i, node in enumerate(path.nodes):
+                if node != i:
+                    source.append(slots[node])
+                    target.append(slots[i])
+        self.target.commit(source, target)
+
+    def _keep_fused(
+        self, plan: StepPlan, batch: StepBatch, verified: _Verified, paths: list[AcceptedPath | None]
+    ) -> None:
+        """Appends the fused vectors of committed rows to the requests that may speculate."""
+        if verified.taps is None or self.drafter is None:
+            return
+        rows: list[int] = []
+        counts: list[int] = []
+        for item, path, first in zip(plan.items, paths, batch.row_starts, strict=True):
+            before = len(rows)
+            if item.request.wants_speculation:
+                nodes = path.nodes if path is not None and item.num_rows == 1 else range(item.num_rows)
+                rows += [first + node for node in nodes]
+            counts.append(len(rows) - before)
+        if not rows:
+            return
+        taps = verified.taps
+        if len(rows) < taps.shape[0]:
+            taps = taps[torch.tensor(rows, device=taps.device)]
+        for item, part in zip(plan.items, self.drafter.fuse(taps).split(counts), strict=True):
+            if part.shape[0]:
+                item.request.pending_fused.append(part)
+
+    def _report_logprobs(
+        self, index: int, item: ScheduledRequest, batch: StepBatch, verified: _Verified, path: AcceptedPath | None
+    ) -> None:
+        request, logits, first = item.request, verified.logits, batch.logits_starts[index]
+        if logits is None:
+            return
+        if wants_prompt_logprobs(item):
+            # Behind a preemption rows are computed again; what was reported stays.
+            offset = len(request.prompt_logprobs) - request.num_computed - 1
+            start, stop = request.num_computed + 1 + offset, request.num_computed + 1 + item.num_rows
+            stop = min(stop, len(request.prompt_token_ids))
+            if offset >= 0 and start < stop:
+                rows = logits[first + offset : first + offset + stop - start]
+                top = request.params.prompt_logprobs or 0
+                request.prompt_logprobs += token_logprobs(rows, request.prompt_token_ids[start:stop], top)
+        if path is not None and request.params.logprobs is not None:
+            last = (batch.logits_starts[index + 1 :] or [len(batch.logits_rows)])[0] - 1
+            rows_of = [first + node for node in path.nodes] if item.num_rows == 1 else [last]
+            request.logprobs += token_logprobs(logits[rows_of], path.token_ids, request.params.logprobs)
+
+    def _share_pages(self, request: Request) -> None:
+        """Tells the prefix cache of full committed pages, and of those whose draft context is now there."""
+        if self.prefix_cache is None:
+            return
+        page_size, pages = self.target.page_size, request.pages.pages
+        num_full = request.num_computed // page_size
+        num_drafted = min(num_full, request.draft_len // page_size)
+        if num_full > request.num_cached_pages:
+            keys = request.keys.extend(request.token_ids[: num_full * page_size])
+            for i in range(request.num_cached_pages, num_full):
+                parent = keys[i - 1] if i else None
+                self.prefix_cache.insert(keys[i], pages[i], parent=parent, draft_valid=i < num_drafted)
+            request.num_cached_pages = num_full
+        for i in range(request.num_draft_valid_pages, num_drafted):
+            self.prefix_cache.mark_draft_valid(pages[i])
+        request.num_draft_valid_pages = num_drafted
+
+    def _share_draft_context(self, request: Request) -> None:
+        """Projects what is pending of a request that ends, when that completes a page that others may use."""
+        if self.drafter is None or self.prefix_cache is None or not request.pending_fused:
+            return
+        if request.num_computed // self.target.page_size > request.draft_len // self.target.page_size:
+            self.drafter.absorb([request])
+            self._share_pages(request)
+
+    def _drop(self, request: Request) -> None:
+        self.scheduler.finish(request)
+        self.requests.pop(request.request_id, None)
+        self.num_finished += 1
+
+    def _fail(self, plan: StepPlan, error: Exception) -> list[RequestDelta]:
+        deltas = []
+        for item in plan.items:
+            request = item.request
+            if request.request_id not in self.requests:
+                continue
+            request.error = error
+            text = request.finish(FinishReason.ERROR)
+            self._drop(request)
+            deltas.append(self._delta(request, [], text, 0))
+        return deltas
+
+    def _delta(self, request: Request, token_ids: list[int], text: str, num_accepted: int) -> RequestDelta:
+        logprobs = None
+        if request.params.logprobs is not None:
+            del request.logprobs[request.num_output - len(request.params.prior_output_token_ids) :]
+            logprobs = request.logprobs[len(request.logprobs) - len(token_ids) :]
+        return RequestDelta(
+            request_id=request.request_id,
+            offset=request.num_output - len(token_ids),
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
+            num_accepted=num_accepted,
+            finish_reason=request.finish_reason,
+        )

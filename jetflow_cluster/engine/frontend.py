@@ -1,0 +1,178 @@
+"""What `LLM` and `AsyncLLM` share: loading, validation, and the making of requests."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from jetflow_cluster.cache.page_table import PageTable
+from jetflow_cluster.cache.prefix_cache import PageKeys
+from jetflow_cluster.config import EngineConfig
+from jetflow_cluster.engine.budget import BudgetTable
+from jetflow_cluster.engine.detokenizer import IncrementalDetokenizer
+from jetflow_cluster.engine.engine import Engine, build_planned_trees
+from jetflow_cluster.engine.loading import DrafterFactory, LoadedEngine, load_engine
+from jetflow_cluster.engine.protocols import TreeBuilder
+from jetflow_cluster.engine.request import Request
+from jetflow_cluster.engine.warmup import warm_up
+from jetflow_cluster.types import InvalidRequestError, SamplingParams, SpeculationMode
+
+#: Text, or token ids.
+Prompt = str | Sequence[int]
+
+_WARMUP_TEXTS = (
+    "def read_lines(path, encoding='utf-8'):\n    with open(path, encoding=encoding) as file:\n        return [",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        ",
+    "The following function returns the number of items in the list. If the list is empty, it returns",
+    "import os\nimport sys\n\n\ndef main(argv=None):\n    if argv is None:\n        argv = sys.argv[1:]\n    for name in",
+)
+
+
+class EngineFrontend:
+    """An engine with the checks and conversions that every request passes."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        tree_nodes: Mapping[int, int] | None,
+        drafter_factory: DrafterFactory | None,
+        tree_builder: TreeBuilder | None,
+    ):
+        loaded = load_engine(
+            config, drafter_factory=drafter_factory, tree_builder=tree_builder or build_planned_trees
+        )
+        self.config = config
+        self.engine: Engine = loaded.engine
+        self.tokenizer: Tokenizer | None = loaded.tokenizer
+        self.max_model_len = loaded.max_model_len
+        self.target_dir: Path = loaded.target_dir
+        self._loaded: LoadedEngine = loaded
+        self._arrivals = itertools.count()
+        self._chat_tokenizer: Any = None
+        if tree_nodes is not None:
+            self.engine.scheduler.budget = BudgetTable(tree_nodes)
+        elif self.engine.drafter is not None:
+            self.engine.scheduler.budget = self._warm_up()
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the target knows."""
+        return self.engine.target.model.config.vocab_size
+
+    def make_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Request:
+        """A checked request.
+
+        Raises:
+            InvalidRequestError: naming the field, the value and the limit.
+        """
+        token_ids = self.encode(prompt)
+        self._check(token_ids, params)
+        engine, page_size = self.engine, self.config.page_size
+        detokenizer = None
+        if self.tokenizer is not None:
+            detokenizer = IncrementalDetokenizer(self.tokenizer, token_ids, params.stop)
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            seed=params.seed if params.seed is not None else secrets.randbits(63),
+            arrival=next(self._arrivals),
+            pages=PageTable(engine.pool, page_size),
+            keys=PageKeys(page_size),
+            detokenizer=detokenizer,
+            eos_token_ids=self._loaded.eos_token_ids,
+            max_len=self.max_model_len,
+        )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            InvalidRequestError: text without a tokenizer, or ids that are no ids of the vocabulary.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequestError("prompt", prompt[:40], "text needs a tokenizer.json; give token ids")
+            return list(self.tokenizer.encode(prompt).ids)
+        token_ids = list(prompt)
+        for token in token_ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
+                raise InvalidRequestError("prompt", token, f"token ids are integers in [0, {self.vocab_size - 1}]")
+        return token_ids
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, by the checkpoint's chat template, with the answer's opening.
+
+        Raises:
+            InvalidRequestError: the checkpoint has no chat template.
+        """
+        if self._chat_tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._chat_tokenizer = AutoTokenizer.from_pretrained(str(self.target_dir))
+        if not self._chat_tokenizer.chat_template:
+            raise InvalidRequestError("messages", f"{len(messages)} messages", "the model has no chat template")
+        encoded = self._chat_tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return list(encoded)
+
+    def _check(self, token_ids: list[int], params: SamplingParams) -> None:
+        if not token_ids:
+            raise InvalidRequestError("prompt", token_ids, "must have at least one token")
+        num_known = len(token_ids) + len(params.prior_output_token_ids)
+        if num_known >= self.max_model_len:
+            raise InvalidRequestError(
+                "prompt", f"{num_known} tokens", f"with prior output at most {self.max_model_len - 1} (max_model_len - 1)"
+            )
+        longest = min(len(token_ids) + params.max_tokens, self.max_model_len)
+        pool = self.engine.pool
+        if -(-longest // self.config.page_size) > pool.num_pages:
+            raise InvalidRequestError(
+                "max_tokens",
+                params.max_tokens,
+                f"{longest} tokens do not fit {pool.num_pages} pages of {self.config.page_size} slots",
+            )
+        ids = {"logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
+        for name, tokens in (ids | {"prior_output_token_ids": params.prior_output_token_ids}).items():
+            for token in tokens:
+                if token >= self.vocab_size:
+                    raise InvalidRequestError(name, token, f"the vocabulary has {self.vocab_size} tokens")
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequestError("stop", params.stop, "stop strings need a tokenizer.json")
+        if params.speculation.mode is SpeculationMode.FORCE and self.engine.drafter is None:
+            raise InvalidRequestError("speculation.mode", "force", "the engine has no draft head")
+
+    def _warm_up(self) -> BudgetTable:
+        config = self.config
+        prompts = [self.encode(text) if self.tokenizer else [] for text in _WARMUP_TEXTS]
+        room = max(1, min(64, self.max_model_len // 4, self.engine.pool.num_pages * config.page_size // 4))
+        prompts = [(p or [(7 * i + 3) % self.vocab_size for i in range(32)])[:room] for p in prompts]
+        return warm_up(
+            self.engine,
+            self.make_warmup_request,
+            prompts,
+            max_running=config.max_num_requests,
+            max_rows=config.max_num_batched_tokens,
+        )
+
+    def make_warmup_request(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> Request:
+        """A request outside the limits on `max_tokens`; it is aborted or ends by the context's limit."""
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=list(prompt),
+            params=params,
+            seed=0,
+            arrival=next(self._arrivals),
+            pages=PageTable(self.engine.pool, self.config.page_size),
+            keys=PageKeys(self.config.page_size),
+            detokenizer=None,
+            eos_token_ids=self._loaded.eos_token_ids,
+            max_len=self.max_model_len,
+        )

@@ -1,0 +1,139 @@
+"""From a configuration to an engine: checkpoints, memory plan, parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from jetflow_cluster.cache.kv_cache import available_memory_bytes, bytes_per_page
+from jetflow_cluster.cache.page_pool import PagePool
+from jetflow_cluster.cache.prefix_cache import PrefixCache
+from jetflow_cluster.config import EngineConfig
+from jetflow_cluster.engine.draft_runner import HeadDrafter
+from jetflow_cluster.engine.engine import Engine, build_planned_trees
+from jetflow_cluster.engine.protocols import BudgetPolicy, Drafter, FixedBudget, TreeBuilder
+from jetflow_cluster.engine.scheduler import Scheduler
+from jetflow_cluster.engine.target_runner import TargetRunner
+from jetflow_cluster.models.loader import load_draft_head, load_sidecar, load_target, resolve_checkpoint
+from jetflow_cluster.models.registry import TargetModel
+from jetflow_cluster.parallel.tp_group import TpGroup
+
+DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default"
+#: Share of the free memory that an unsized KV cache may take.
+KV_MEMORY_SHARE = 0.3
+
+#: Makes a drafter for ``(target, num_pages, page_size)``.
+DrafterFactory = Callable[[TargetModel, int, int], Drafter]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedEngine:
+    """An engine and what its front ends need to know."""
+
+    engine: Engine
+    #: None when the checkpoint has no ``tokenizer.json``.
+    tokenizer: Tokenizer | None
+    target_dir: Path
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+
+
+def load_engine(
+    config: EngineConfig,
+    *,
+    budget: BudgetPolicy | None = None,
+    drafter_factory: DrafterFactory | None = None,
+    tree_builder: TreeBuilder = build_planned_trees,
+) -> LoadedEngine:
+    """Loads target and head and builds the engine.
+
+    Args:
+        config: what to load and how to run.
+        budget: tree sizes; None is no speculation until one is set on the scheduler.
+        drafter_factory: replaces the draft head by another source of guesses.
+        tree_builder: replaces the exact trees.
+
+    Raises:
+        ValueError: head and target do not fit, or the memory does not hold one request; with the numbers.
+        FileNotFoundError: a checkpoint is not there.
+    """
+    target_dir, head_dir = _checkpoints(config)
+    device = torch.device(_device(config.device))
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    target = load_target(target_dir, dtype=dtype, device=device, tp=TpGroup.single())
+    limit = target.config.max_position_embeddings
+    max_model_len = config.max_model_len or limit
+    if max_model_len > limit:
+        raise ValueError(f"max_model_len = {max_model_len}: the model's limit is {limit}")
+    head = sidecar = None
+    if drafter_factory is None and head_dir is not None:
+        head = load_draft_head(head_dir, target, dtype=target.dtype, device=device, tp=TpGroup.single())
+        sidecar = load_sidecar(head_dir, target, device=device)
+    page_bytes = bytes_per_page(
+        num_layers=target.config.num_layers,
+        page_size=config.page_size,
+        num_kv_heads=target.num_local_kv_heads,
+        head_dim=target.config.head_dim,
+        dtype=target.dtype,
+    )
+    num_pages = config.num_pages or _plan_pages(config, max_model_len, page_bytes, device)
+    runner = TargetRunner(target, num_pages=num_pages, page_size=config.page_size)
+    drafter: Drafter | None = None
+    if drafter_factory is not None:
+        drafter = drafter_factory(target, num_pages, config.page_size)
+    elif head is not None:
+        drafter = HeadDrafter(head, sidecar, target, num_pages=num_pages, page_size=config.page_size)
+    pool = PagePool(num_pages)
+    prefix_cache = PrefixCache(pool, config.page_size) if config.enable_prefix_cache else None
+    scheduler = Scheduler(
+        pool,
+        prefix_cache,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_requests=config.max_num_requests,
+        max_draft_depth=drafter.max_depth if drafter else 0,
+        num_scratch_rows=drafter.num_scratch_rows if drafter else 0,
+        needs_draft_context=bool(drafter and drafter.tap_layer_ids),
+        budget=budget or FixedBudget(1),
+    )
+    tokenizer_path = target_dir / "tokenizer.json"
+    return LoadedEngine(
+        engine=Engine(runner, drafter, scheduler, prefix_cache=prefix_cache, tree_builder=tree_builder),
+        tokenizer=Tokenizer.from_file(str(tokenizer_path)) if tokenizer_path.exists() else None,
+        target_dir=target_dir,
+        max_model_len=max_model_len,
+        eos_token_ids=frozenset(target.config.eos_token_ids),
+    )
+
+
+def _checkpoints(config: EngineConfig) -> tuple[Path, Path | None]:
+    if config.model is not None:
+        head = resolve_checkpoint(config.draft_head) if config.draft_head is not None else None
+        return resolve_checkpoint(config.model), head
+    target = DEFAULT_CHECKPOINT / "target"
+    if not target.is_dir():
+        raise FileNotFoundError(f"model = None: the embedded default is not installed at {target}")
+    head = resolve_checkpoint(config.draft_head) if config.draft_head else DEFAULT_CHECKPOINT / "draft_head"
+    return target, head
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _plan_pages(config: EngineConfig, max_model_len: int, page_bytes: int, device: torch.device) -> int:
+    """Pages for the largest batch, or for a share of the free memory where that is less."""
+    per_request = -(-max_model_len // config.page_size)
+    # The draft context mirrors the pages; its share of bytes is small beside the target's.
+    affordable = int(available_memory_bytes(device) * KV_MEMORY_SHARE) // page_bytes
+    if affordable < per_request:
+        raise ValueError(
+            f"num_pages = None: one request of {max_model_len} tokens needs {per_request} pages of {page_bytes} bytes, "
+            f"the free memory allows {affordable}; lower max_model_len"
+        )
+    return min(per_request * config.max_num_requests, affordable)

@@ -1,0 +1,167 @@
+"""State of one request while it is in the engine."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+
+from jetflow_cluster.cache.page_table import PageTable
+from jetflow_cluster.cache.prefix_cache import PageKeys
+from jetflow_cluster.engine.detokenizer import IncrementalDetokenizer
+from jetflow_cluster.layers.sampler import TokenCounts
+from jetflow_cluster.types import (
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+    SpeculationMode,
+    SpeculationStats,
+    TokenLogprobs,
+    Usage,
+)
+
+
+class RequestStatus(enum.Enum):
+    """Where a request is."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(kw_only=True)
+class Appended:
+    """What `Request.append` kept of the tokens that it was given."""
+
+    token_ids: list[int]
+    text: str
+
+
+@dataclass(kw_only=True, eq=False)
+class Request:
+    """One request. Invariant while decoding: ``num_computed == len(token_ids) - 1``; the last token is the
+    anchor, committed and not yet in the KV cache."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    #: Order of arrival; admission and preemption follow it.
+    arrival: int
+    pages: PageTable
+    keys: PageKeys
+    detokenizer: IncrementalDetokenizer | None
+    eos_token_ids: frozenset[int]
+    #: Longest prompt plus output that this engine allows.
+    max_len: int
+    #: Prompt and output so far.
+    token_ids: list[int] = field(default_factory=list)
+    status: RequestStatus = RequestStatus.WAITING
+    #: Tokens whose target KV is in the pages (the target's context length).
+    num_computed: int = 0
+    #: Tokens whose draft context is in the pages; the next ones wait in `pending_fused`.
+    draft_len: int = 0
+    #: Fused hidden vectors ``[n, hidden_size]`` of the tokens from `draft_len` on, in order.
+    pending_fused: list[torch.Tensor] = field(default_factory=list)
+    #: Full pages that the prefix cache was told of.
+    num_cached_pages: int = 0
+    #: Those of them whose draft context is complete, as far as the prefix cache was told.
+    num_draft_valid_pages: int = 0
+    token_counts: TokenCounts | None = None
+    text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    finish_reason: FinishReason | None = None
+    matched_stop: str | int | None = None
+    error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+        self.usage.prompt_tokens = len(self.prompt_token_ids)
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far, prior ones included."""
+        return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def num_remaining_rows(self) -> int:
+        """Committed tokens that the target has not computed; 1 while decoding."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def wants_speculation(self) -> bool:
+        """False when the request switched speculation off."""
+        return self.params.speculation.mode is not SpeculationMode.OFF
+
+    @property
+    def room(self) -> int:
+        """Tokens that the request may still emit."""
+        return min(self.params.max_tokens - self.num_output, self.max_len - len(self.token_ids))
+
+    @property
+    def suppressed_ids(self) -> tuple[int, ...]:
+        """Tokens that may not be chosen anywhere below `min_tokens`."""
+        eos = () if self.params.ignore_eos else tuple(sorted(self.eos_token_ids))
+        return eos + tuple(self.params.stop_token_ids)
+
+    def append(self, token_ids: list[int]) -> Appended:
+        """Commits tokens up to the first stop, sets the finish reason there, and returns what was kept."""
+        num_before = self.num_output
+        kept: list[int] = []
+        for token in token_ids:
+            kept.append(token)
+            if token in self.eos_token_ids and not self.params.ignore_eos:
+                self.finish_reason = FinishReason.STOP
+            elif token in self.params.stop_token_ids:
+                self.finish_reason, self.matched_stop = FinishReason.STOP, token
+            elif len(kept) >= self.room:
+                self.finish_reason = FinishReason.LENGTH
+            if self.finish_reason:
+                break
+        text = ""
+        if self.detokenizer is not None:
+            below_minimum = max(0, self.params.min_tokens - num_before)
+            pushed = self.detokenizer.push(kept, num_below_minimum=below_minimum)
+            text = pushed.text
+            if pushed.stop_index is not None:
+                kept = kept[: pushed.stop_index + 1]
+                self.finish_reason, self.matched_stop = FinishReason.STOP, pushed.stop_string
+            elif self.finish_reason:
+                text += self.detokenizer.flush()
+        self.token_ids += kept
+        self.usage.completion_tokens = self.num_output
+        self.text += text
+        if self.token_counts is not None:
+            self.token_counts.extend(kept)
+        return Appended(token_ids=kept, text=text)
+
+    def finish(self, reason: FinishReason) -> str:
+        """Ends the request from outside; returns the text that was held back."""
+        text = self.detokenizer.flush() if self.detokenizer is not None else ""
+        self.text += text
+        self.finish_reason = reason
+        return text
+
+    def output(self) -> RequestOutput:
+        """What the request produced so far."""
+        first = len(self.prompt_token_ids)
+        wants_logprobs, wants_prompt = self.params.logprobs is not None, self.params.prompt_logprobs is not None
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt_token_ids=list(self.prompt_token_ids),
+            token_ids=self.token_ids[first:],
+            text=self.text,
+            finish_reason=self.finish_reason,
+            matched_stop=self.matched_stop,
+            logprobs=list(self.logprobs) if wants_logprobs else None,
+            prompt_logprobs=list(self.prompt_logprobs) if wants_prompt else None,
+            seed=self.seed,
+            usage=self.usage,
+            speculation=self.speculation,
+        )

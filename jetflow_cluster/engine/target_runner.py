@@ -1,0 +1,53 @@
+"""Runs the target model over a batch and owns its KV cache."""
+
+from __future__ import annotations
+
+import torch
+from jetflow_kernels.commit_kv import commit_kv
+
+from jetflow_cluster.cache.kv_cache import allocate_kv
+from jetflow_cluster.engine.batch import StepBatch
+from jetflow_cluster.models.registry import TargetModel
+
+
+class TargetRunner:
+    """The target's weights and pages on one device."""
+
+    def __init__(self, model: TargetModel, *, num_pages: int, page_size: int):
+        config = model.config
+        self.model = model
+        self.device = model.device
+        self.page_size = page_size
+        self.kv = allocate_kv(
+            num_layers=config.num_layers,
+            num_pages=num_pages,
+            page_size=page_size,
+            num_kv_heads=model.num_local_kv_heads,
+            head_dim=config.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+        )
+
+    def verify(
+        self, batch: StepBatch, tap_layer_ids: tuple[int, ...]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """One forward pass over all rows.
+
+        Returns:
+            logits ``[len(batch.logits_rows), vocab_size]``, or None when no row needs any; and the taps
+            ``[T, len(tap_layer_ids) * hidden_size]`` of all rows, or None without tap ids.
+        """
+        hidden, taps = self.model.forward(batch.forward, self.kv, tap_layer_ids)
+        rows = batch.logits_rows
+        if not rows:
+            return None, taps
+        if len(rows) < hidden.shape[0]:
+            hidden = hidden[torch.tensor(rows, device=self.device)]
+        return self.model.compute_logits(hidden), taps
+
+    def commit(self, source_slots: list[int], target_slots: list[int]) -> None:
+        """Moves the KV of accepted nodes behind their prefixes; slots may overlap."""
+        if source_slots:
+            source = torch.tensor(source_slots, dtype=torch.int64, device=self.device)
+            target = torch.tensor(target_slots, dtype=torch.int64, device=self.device)
+            commit_kv(self.kv, source, target)

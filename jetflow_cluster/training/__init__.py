@@ -1,0 +1,1 @@
+"""Training of the embedded target model and of draft heads."""
