@@ -31,6 +31,8 @@ class EngineConfig:
     num_pages: int | None = None
     #: Most rows of one step: prompt tokens, single tokens and tree nodes together (`verify_budget`).
     max_num_batched_tokens: int = 2048
+    #: Most prompt tokens of one request in a step; None is what the step has room for.
+    max_prompt_chunk: int | None = None
     #: Most requests that run at once.
     max_num_requests: int = 64
     #: Longest prompt plus output; None is the model's own limit.
@@ -50,7 +52,7 @@ class EngineConfig:
         for name in ("page_size", "max_num_batched_tokens", "max_num_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("num_pages", "max_model_len"):
+        for name in ("num_pages", "max_model_len", "max_prompt_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")

@@ -93,6 +93,7 @@ def load_engine(
         pool,
         prefix_cache,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        max_prompt_chunk=config.max_prompt_chunk,
         max_num_requests=config.max_num_requests,
         max_draft_depth=drafter.max_depth if drafter else 0,
         num_scratch_rows=drafter.num_scratch_rows if drafter else 0,

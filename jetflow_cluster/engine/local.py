@@ -54,7 +54,7 @@ class LLM:
         **options: Any,
     ):
         config = EngineConfig(model=_text(model), draft_head=_text(draft_head), **options)
-        self._frontend = EngineFrontend(
+        self.frontend = EngineFrontend(
             config, tree_nodes=tree_nodes, drafter_factory=drafter_factory, tree_builder=tree_builder
         )
         self._ids = itertools.count()
@@ -62,17 +62,17 @@ class LLM:
     @property
     def engine(self) -> Any:
         """The engine, for tracing and tests."""
-        return self._frontend.engine
+        return self.frontend.engine
 
     @property
     def tokenizer(self) -> Any:
         """The `tokenizers.Tokenizer`, or None."""
-        return self._frontend.tokenizer
+        return self.frontend.tokenizer
 
     @property
     def max_model_len(self) -> int:
         """Longest prompt plus output."""
-        return self._frontend.max_model_len
+        return self.frontend.max_model_len
 
     def generate(
         self,
@@ -104,7 +104,7 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestDelta]:
         """Yields the deltas of one request as its steps end. Closing the iterator aborts the request."""
         request = self._make(prompt, params or SamplingParams())
-        engine = self._frontend.engine
+        engine = self.frontend.engine
         engine.add(request)
         is_done = False
         try:
@@ -119,17 +119,17 @@ class LLM:
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation; see `EngineFrontend.apply_chat_template`."""
-        return self._frontend.apply_chat_template(messages)
+        return self.frontend.apply_chat_template(messages)
 
     def stats(self) -> EngineStats:
         """Counters of the engine at this moment."""
-        return self._frontend.engine.stats()
+        return self.frontend.engine.stats()
 
     def _make(self, prompt: Prompt, params: SamplingParams) -> Request:
-        return self._frontend.make_request(f"request-{next(self._ids)}", prompt, params)
+        return self.frontend.make_request(f"request-{next(self._ids)}", prompt, params)
 
     def _run(self, requests: list[Request], on_delta: Callable[[RequestDelta], None] | None) -> None:
-        engine = self._frontend.engine
+        engine = self.frontend.engine
         try:
             for request in requests:
                 engine.add(request)
@@ -170,6 +170,11 @@ class AsyncLLM:
         """The `tokenizers.Tokenizer`, or None."""
         return self._llm.tokenizer
 
+    @property
+    def engine(self) -> Any:
+        """The engine, for tracing and tests; the thread owns its state."""
+        return self._llm.engine
+
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> AsyncIterator[RequestDelta]:
@@ -184,7 +189,7 @@ class AsyncLLM:
         name = request_id if request_id is not None else f"async-{next(self._ids)}"
         if name in self._sinks:
             raise InvalidRequestError("request_id", name, "already in use")
-        request = self._llm._frontend.make_request(name, prompt, params or SamplingParams())
+        request = self._llm.frontend.make_request(name, prompt, params or SamplingParams())
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[RequestDelta | BaseException] = asyncio.Queue()
         self._sinks[name] = lambda item: _deliver(loop, deltas, item)

@@ -27,6 +27,7 @@ class Scheduler:
         prefix_cache: PrefixCache | None,
         *,
         max_num_batched_tokens: int,
+        max_prompt_chunk: int | None,
         max_num_requests: int,
         max_draft_depth: int,
         num_scratch_rows: int,
@@ -40,6 +41,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self._max_rows = max_num_batched_tokens
+        self._max_chunk = max_prompt_chunk or max_num_batched_tokens
         self._max_requests = max_num_requests
         self._max_draft_depth = max_draft_depth
         self._num_scratch_rows = num_scratch_rows
@@ -115,7 +117,7 @@ class Scheduler:
 
     def _schedule_chunk(self, request: Request, rows_left: int, items: dict[int, ScheduledRequest]) -> int:
         """Schedules the next tokens of a prompt; returns how many."""
-        num_rows = min(request.num_remaining_rows, rows_left)
+        num_rows = min(request.num_remaining_rows, rows_left, self._max_chunk)
         if not self._ensure_or_preempt(request, request.num_computed + num_rows, items):
             return 0
         is_last = num_rows == request.num_remaining_rows

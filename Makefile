@@ -1,0 +1,69 @@
+# Everything runs in .venv, made on first use and reused. `make help` lists the targets.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+# The torch that `make install` asks pip for; the default is the range in pyproject.toml. Any pip argument may stand
+# here, such as an exact version or a wheel file: make install TORCH="torch==2.12.1"
+TORCH  ?= $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",$$/\1/p' pyproject.toml)
+# Set to 1 to take a CUDA build on a machine without a GPU.
+ALLOW_CUDA ?=
+EXTRAS ?= test
+OUT    ?= out
+
+RUN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+GPU   := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test lint format lossless bench train clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Create .venv and install the package with its test tools
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or later is needed; name one with: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml | $(VENV)/bin/python
+ifeq ($(GPU)$(ALLOW_CUDA),)
+	@if $(RUN)/python -m pip install --dry-run --quiet --report - "$(TORCH)" 2>/dev/null | grep -q '"name": "nvidia-'; then \
+	  echo "This machine has no GPU, but pip would take a CUDA build of torch (gigabytes)."; \
+	  echo "Point pip at a CPU build (its own configuration, or: make TORCH='torch==<version>+cpu --find-links <folder>'),"; \
+	  echo "or take the CUDA build all the same: make ALLOW_CUDA=1 $(MAKECMDGOALS)"; exit 1; fi
+endif
+	$(RUN)/python -m pip install --quiet $(if $(findstring --,$(TORCH)),$(TORCH),"$(TORCH)")
+	$(RUN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	@touch $@
+
+demo: $(STAMP) ## Complete held-out code with and without speculation; pictures in out/demo
+	$(RUN)/jetflow demo --output $(OUT)/demo
+
+test: lint ## Lint, then every test that is not slow
+	$(RUN)/python -m pytest -q
+
+lint: $(STAMP) ## ruff, import contracts, mypy
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/lint-imports
+	$(RUN)/mypy
+
+format: $(STAMP) ## Rewrite the sources as `make lint` wants them
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+lossless: $(STAMP) ## The whole proof that speculation changes no token (up to an hour)
+	$(RUN)/python -m pytest -q -m lossless
+
+bench: $(STAMP) ## Measure against transformers on this machine; figures in out/bench
+	$(RUN)/jetflow bench offline --output $(OUT)/bench
+
+train: $(STAMP) ## Rebuild the embedded model from nothing; resumes where it stopped
+	$(RUN)/python -m jetflow_cluster.training.recipe
+
+clean: ## Remove caches and outputs, not .venv and not the training state in build/train
+	rm -rf $(OUT) dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

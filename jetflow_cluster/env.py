@@ -1,0 +1,52 @@
+"""The environment variables of the project. Nothing else reads ``JETFLOW_*``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_PREFIX = "JETFLOW_"
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What the environment says; every variable is optional."""
+
+    #: ``JETFLOW_LOG_LEVEL``: least severe message that the command line shows; ``debug`` adds tracebacks to errors.
+    log_level: str = "warning"
+    #: ``JETFLOW_NUM_THREADS``: CPU threads of torch; None leaves torch's own choice.
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.log_level not in _LOG_LEVELS:
+            raise ValueError(f"JETFLOW_LOG_LEVEL = {self.log_level!r}: must be one of {', '.join(_LOG_LEVELS)}")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ValueError(f"JETFLOW_NUM_THREADS = {self.num_threads}: must be at least 1")
+
+
+def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """Reads and checks the variables.
+
+    Args:
+        variables: what to read; None is the process's environment.
+
+    Raises:
+        ValueError: a value out of range, or a ``JETFLOW_`` variable that does not exist.
+    """
+    found = os.environ if variables is None else variables
+    ours = {name: value for name, value in found.items() if name.startswith(_PREFIX)}
+    known = {"JETFLOW_LOG_LEVEL", "JETFLOW_NUM_THREADS"}
+    for name in sorted(ours.keys() - known):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+        raise ValueError(f"{name} = {ours[name]!r}: no such variable; {hint}")
+    threads = ours.get("JETFLOW_NUM_THREADS")
+    if threads is not None and not threads.strip().isdigit():
+        raise ValueError(f"JETFLOW_NUM_THREADS = {threads!r}: must be a whole number")
+    return Environment(
+        log_level=ours.get("JETFLOW_LOG_LEVEL", "warning").lower(),
+        num_threads=int(threads) if threads is not None else None,
+    )

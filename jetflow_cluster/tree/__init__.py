@@ -1,0 +1,1 @@
+"""The method: position-keyed noise, candidate tables, trees, masks and the accepting walk. Pure torch."""
