@@ -12,6 +12,7 @@ OUT    ?= out
 
 RUN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TORCH_ARGS := $(if $(findstring --,$(TORCH)),$(TORCH),"$(TORCH)")
 GPU   := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 
 .DEFAULT_GOAL := help
@@ -30,19 +31,19 @@ $(VENV)/bin/python:
 
 $(STAMP): pyproject.toml | $(VENV)/bin/python
 ifeq ($(GPU)$(ALLOW_CUDA),)
-	@if $(RUN)/python -m pip install --dry-run --quiet --report - "$(TORCH)" 2>/dev/null | grep -q '"name": "nvidia-'; then \
+	@if $(RUN)/python -m pip install --dry-run --quiet --report - $(TORCH_ARGS) 2>/dev/null | grep -q '"name": *"nvidia-'; then \
 	  echo "This machine has no GPU, but pip would take a CUDA build of torch (gigabytes)."; \
 	  echo "Point pip at a CPU build (its own configuration, or: make TORCH='torch==<version>+cpu --find-links <folder>'),"; \
 	  echo "or take the CUDA build all the same: make ALLOW_CUDA=1 $(MAKECMDGOALS)"; exit 1; fi
 endif
-	$(RUN)/python -m pip install --quiet $(if $(findstring --,$(TORCH)),$(TORCH),"$(TORCH)")
+	$(RUN)/python -m pip install --quiet $(TORCH_ARGS)
 	$(RUN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	@touch $@
 
 demo: $(STAMP) ## Complete held-out code with and without speculation; pictures in out/demo
 	$(RUN)/jetflow demo --output $(OUT)/demo
 
-test: lint ## Lint, then every test that is not slow
+test: lint ## Lint, then the tests, with a part of the lossless proof
 	$(RUN)/python -m pytest -q
 
 lint: $(STAMP) ## ruff, import contracts, mypy
@@ -56,7 +57,7 @@ format: $(STAMP) ## Rewrite the sources as `make lint` wants them
 	$(RUN)/ruff format .
 
 lossless: $(STAMP) ## The whole proof that speculation changes no token (up to an hour)
-	$(RUN)/python -m pytest -q -m lossless
+	$(RUN)/python -m pytest -q -rP -m "not slow" tests/lossless tests/distribution
 
 bench: $(STAMP) ## Measure against transformers on this machine; figures in out/bench
 	$(RUN)/jetflow bench offline --output $(OUT)/bench

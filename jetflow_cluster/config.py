@@ -46,9 +46,7 @@ class EngineConfig:
         if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
             raise ValueError(f"device = {self.device!r}: must be auto, cpu, cuda or cuda:N")
         if self.tensor_parallel_size != 1:
-            raise ValueError(
-                f"tensor_parallel_size = {self.tensor_parallel_size}: an in-process engine runs 1 shard"
-            )
+            raise ValueError(f"tensor_parallel_size = {self.tensor_parallel_size}: an in-process engine runs 1 shard")
         for name in ("page_size", "max_num_batched_tokens", "max_num_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")

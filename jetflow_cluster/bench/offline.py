@@ -15,8 +15,8 @@ from typing import Any
 
 from jetflow_cluster.bench.machine import describe_machine
 from jetflow_cluster.bench.prompts import BenchPrompt, load_prompts
-from jetflow_cluster.bench.rows import Measurement, make_rows
-from jetflow_cluster.bench.systems import EngineSystem, Run, System, TransformersSystem, load_transformers
+from jetflow_cluster.bench.rows import Measurement, Run, make_rows
+from jetflow_cluster.bench.systems import EngineSystem, System, TransformersSystem, load_transformers
 from jetflow_cluster.engine.local import LLM
 from jetflow_cluster.types import SpeculationMode, SpeculationOptions
 
@@ -119,7 +119,7 @@ def run_offline(config: OfflineBenchConfig, *, on_progress: Callable[[str, int, 
 
 
 def _turns(config: OfflineBenchConfig, llm: LLM, prompts: list[BenchPrompt], dtype: str) -> Iterator[_Turn]:
-    frontend = llm._frontend
+    frontend = llm.frontend
     model = load_transformers(frontend.target_dir, SHORT_DTYPES[dtype], llm.engine.target.device)
     off = EngineSystem("off", llm, SpeculationOptions(mode=SpeculationMode.OFF))
     plain = TransformersSystem("transformers", model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def load_prompts(
 def _read(path: Path) -> list[tuple[str, str]]:
     content = path.read_text(encoding="utf-8")
     if path.suffix != ".json":
-        texts = [part.strip("\n") for part in f"\n{content}".split("\n---\n")]
+        texts = [part.strip("\n") for part in re.split(r"^---[ \t]*$", content, flags=re.MULTILINE)]
         return [(f"{path.name}:{i}", text) for i, text in enumerate(texts) if text]
     entries = json.loads(content)
     if not isinstance(entries, list):

@@ -7,14 +7,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jetflow_cluster.bench.systems import Run
-
 #: Systems that the others are compared with, and the key of the ratio in a row.
 BASELINES = {
     "off": "ratio_to_off",
     "transformers": "ratio_to_transformers",
     "transformers prompt lookup": "ratio_to_prompt_lookup",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One timed completion of a batch of prompts."""
+
+    #: Wall time, prompt processing included.
+    seconds: float
+    #: Output tokens of each prompt.
+    token_ids: list[list[int]]
+    #: Mean tokens per target pass and request behind the first token; 1 without speculation.
+    mean_acceptance_length: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens of the whole batch per second."""
+        return sum(len(ids) for ids in self.token_ids) / self.seconds
 
 
 @dataclass(frozen=True, kw_only=True)

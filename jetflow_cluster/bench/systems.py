@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from jetflow_cluster.bench.rows import Run
 from jetflow_cluster.engine.local import LLM
 from jetflow_cluster.types import SamplingParams, SpeculationOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One timed completion of a batch of prompts."""
-
-    #: Wall time, prompt processing included.
-    seconds: float
-    #: Output tokens of each prompt.
-    token_ids: list[list[int]]
-    #: Mean tokens per target pass and request behind the first token; 1 without speculation.
-    mean_acceptance_length: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Output tokens of the whole batch per second."""
-        return sum(len(ids) for ids in self.token_ids) / self.seconds
 
 
 class System(Protocol):
@@ -50,9 +33,7 @@ class EngineSystem:
 
     def run(self, prompts: Sequence[list[int]], max_tokens: int) -> Run:
         """One timed run; all prompts arrive at once."""
-        params = SamplingParams(
-            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, speculation=self._speculation
-        )
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, speculation=self._speculation)
         start = _now()
         outputs = self._llm.generate(list(prompts), params)
         seconds = _now() - start

@@ -116,11 +116,13 @@ h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1rem; margin: 0 0 
 h2 small { font-weight: 400; color: var(--dim); margin-left: .75rem; }
 p { color: var(--dim); max-width: 46rem; }
 .facts { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0; }
-.facts div { color: var(--dim); font-size: .85rem; } .facts b { display: block; color: var(--ink); font-size: 1.25rem; }
-pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .75rem 1rem; margin: 0 0 1.5rem;
-  white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; }
+.facts div { color: var(--dim); font-size: .85rem; }
+.facts b { display: block; color: var(--ink); font-size: 1.25rem; }
+pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .75rem 1rem;
+  margin: 0 0 1.5rem; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; }
 pre .prompt { color: var(--dim); } pre a { color: inherit; text-decoration: none; }
-pre a.kept { background: var(--kept-soft); } pre a.own { color: var(--own); } pre a:hover { outline: 1px solid var(--kept); }
+pre a.kept { background: var(--kept-soft); } pre a.own { color: var(--own); }
+pre a:hover { outline: 1px solid var(--kept); }
 code { font: 12px ui-monospace, monospace; }
 section { border-top: 1px solid var(--line); padding: 1rem 0; } section:target h2 { color: var(--kept); }
 .tree { overflow-x: auto; }

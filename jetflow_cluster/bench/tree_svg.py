@@ -25,24 +25,26 @@ def draw_tree(step: TreeRecord, decode: Callable[[Sequence[int]], str]) -> str:
         decode: text of token ids.
     """
     tree = step.tree
-    rows = _leaf_rows(tree)
+    has_own = len(step.token_ids) >= len(step.accepted_nodes)
+    last = step.accepted_nodes[-1]
+    rows = _leaf_rows(tree, last if has_own else None)
     kept = set(step.accepted_nodes)
-    centers = [(_left(tree.depths[i]), _TOP + row * (_NODE_H + _GAP_Y)) for i, row in enumerate(rows)]
+    centers = [(_left(depth), _top(row)) for depth, row in zip(tree.depths, rows, strict=False)]
     edges, nodes = [], []
     for i, (x, y) in enumerate(centers):
         if i:
             edges.append(_edge(centers[tree.parents[i]], (x, y), "edge kept" if i in kept else "edge"))
         nodes.append(_node(tree, i, x, y, is_kept=i in kept, text=decode([tree.token_ids[i]])))
-    height, num_columns = _TOP + (max(rows) + 1) * (_NODE_H + _GAP_Y), max(tree.depths) + 1
-    if len(step.token_ids) >= len(step.accepted_nodes):
-        last = step.accepted_nodes[-1]
-        x, y = _left(tree.depths[last] + 1), height
+    num_columns = max(tree.depths) + 1
+    if has_own:
+        x, y = _left(tree.depths[last] + 1), _top(rows[-1])
         edges.append(_edge(centers[last], (x, y), "edge kept"))
         nodes.append(_own_node(x, y, step.token_ids[-1], decode([step.token_ids[-1]])))
-        height, num_columns = height + _NODE_H + _GAP_Y, max(num_columns, tree.depths[last] + 2)
-    width = _left(num_columns) - _GAP_X + 2
+        num_columns = max(num_columns, tree.depths[last] + 2)
+    width, height = _left(num_columns) - _GAP_X + 2, _top(max(rows) + 1)
     titles = [
-        f'<text class="depth" x="{_left(d)}" y="12">{"anchor" if d == 0 else f"+{d}"}</text>' for d in range(num_columns)
+        f'<text class="depth" x="{_left(d)}" y="12">{"anchor" if d == 0 else f"+{d}"}</text>'
+        for d in range(num_columns)
     ]
     return f'<svg width="{width}" height="{height}" role="img">{"".join(titles + edges + nodes)}</svg>'
 
@@ -51,13 +53,23 @@ def _left(depth: int) -> int:
     return 1 + depth * (_NODE_W + _GAP_X)
 
 
-def _leaf_rows(tree: DraftTree) -> list[float]:
-    """Vertical place of each node: leaves in depth-first order, inner nodes at their first child."""
+def _top(row: int) -> int:
+    return _TOP + row * (_NODE_H + _GAP_Y)
+
+
+def _leaf_rows(tree: DraftTree, own_parent: int | None) -> list[int]:
+    """Vertical place of each node: leaves in depth-first order, inner nodes at their first child.
+
+    The target's own token, if shown, is the last entry and the first child of `own_parent`.
+    """
     children: list[list[int]] = [[] for _ in tree.parents]
     for i, parent in enumerate(tree.parents):
         if i:
             children[parent].append(i)
-    rows = [0.0] * len(children)
+    if own_parent is not None:
+        children[own_parent].insert(0, len(children))
+        children.append([])
+    rows = [0] * len(children)
     next_row, stack = 0, [0]
     while stack:
         node = stack.pop()
@@ -81,12 +93,12 @@ def _node(tree: DraftTree, i: int, x: float, y: float, *, is_kept: bool, text: s
     title = f"node {i}, token {tree.token_ids[i]} {text!r}: {chance:.1%} behind its parent, {path_chance:.2%} as a path"
     kind = "node" + (" kept" if is_kept else "") + ("" if i else " root")
     fill = "" if i == 0 else f' fill="{_colour(path_chance)}"'
-    label = _label(text)
     chance_text = f'<text class="chance" x="{x + _NODE_W - 4:g}" y="{y + 16:g}" text-anchor="end">{chance:.0%}</text>'
     return (
         f'<g><title>{html.escape(title)}</title><rect class="{kind}"{fill} x="{x:g}" y="{y:g}" '
         f'width="{_NODE_W}" height="{_NODE_H}" rx="4"/>'
-        f'<text class="{"" if i else "plain"}" x="{x + 6:g}" y="{y + 16:g}">{label}</text>{chance_text if i else ""}</g>'
+        f'<text class="{"label" if i else "plain"}" x="{x + 6:g}" y="{y + 16:g}">{_label(text)}</text>'
+        f"{chance_text if i else ''}</g>"
     )
 
 

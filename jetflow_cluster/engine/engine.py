@@ -273,15 +273,12 @@ class Engine:
         page_size, pages = self.target.page_size, request.pages.pages
         num_full = request.num_computed // page_size
         num_drafted = min(num_full, request.draft_len // page_size)
-        if num_full > request.num_cached_pages:
+        first = min(request.num_cached_pages, request.num_draft_valid_pages)
+        if num_full > request.num_cached_pages or num_drafted > request.num_draft_valid_pages:
             keys = request.keys.extend(request.token_ids[: num_full * page_size])
-            for i in range(request.num_cached_pages, num_full):
-                parent = keys[i - 1] if i else None
-                self.prefix_cache.insert(keys[i], pages[i], parent=parent, draft_valid=i < num_drafted)
-            request.num_cached_pages = num_full
-        for i in range(request.num_draft_valid_pages, num_drafted):
-            self.prefix_cache.mark_draft_valid(pages[i])
-        request.num_draft_valid_pages = num_drafted
+            for i in range(first, num_full):
+                self.prefix_cache.insert(keys[i], pages[i], draft_valid=i < num_drafted)
+        request.num_cached_pages, request.num_draft_valid_pages = num_full, num_drafted
 
     def _share_draft_context(self, request: Request) -> None:
         """Projects what is pending of a request that ends, when that completes a page that others may use."""

@@ -114,8 +114,18 @@ def write_head(
         }
     save_file(state, folder / "model.safetensors")
     if sidecar:
-        from jetflow_cluster.models.sidecar import SideCar, save_sidecar
+        from jetflow_cluster.models.sidecar import SideCar, SideCarConfig, fingerprint, save_sidecar
 
-        raise_if = SideCar, save_sidecar
-        del raise_if
+        # The loader compares in the dtype of the checkpoint, so the fingerprint is that of the stored embedding.
+        from safetensors import safe_open
+
+        with safe_open(target / "model.safetensors", framework="pt") as file:
+            embedding = file.get_tensor("model.embed_tokens.weight")
+        sidecar_config = SideCarConfig(
+            rank=4,
+            width=16,
+            target_fingerprint=fingerprint({"embedding": embedding}),
+            head_fingerprint=fingerprint(state),
+        )
+        save_sidecar(folder, SideCar(sidecar_config, matrix(raw["vocab_size"], 4), matrix(raw["vocab_size"], 4)))
     return folder

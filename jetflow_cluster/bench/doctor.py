@@ -1,0 +1,88 @@
+"""`jetflow doctor`: what is installed, what is missing, and what would run here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jetflow_cluster import __version__
+from jetflow_cluster.bench.machine import describe_machine
+from jetflow_cluster.bench.prompts import DEFAULT_CHECKPOINT, HELD_OUT_PROMPTS
+
+
+def examine() -> dict[str, Any]:
+    """Everything that is shown, as plain JSON values. Imports torch, loads no model."""
+    import torch
+
+    machine = describe_machine()
+    has_gpu = torch.cuda.is_available()
+    checkpoints = {name: _folder_bytes(DEFAULT_CHECKPOINT / name) for name in ("target", "draft_head")}
+    return {
+        "version": __version__,
+        "machine": machine,
+        "embedded_default": {
+            "num_bytes": checkpoints,
+            "has_sidecar": (DEFAULT_CHECKPOINT / "draft_head" / "sidecar.safetensors").is_file(),
+            "has_held_out_prompts": HELD_OUT_PROMPTS.is_file(),
+        },
+        "would_run": {
+            "device": "cuda" if has_gpu else "cpu",
+            "attention": "PyTorch on the GPU" if has_gpu else "PyTorch on the CPU",
+            "threads": torch.get_num_threads(),
+        },
+        "warnings": _warnings(machine, checkpoints, has_gpu=has_gpu),
+    }
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """Shows what `examine` found."""
+    machine, run, embedded = report["machine"], report["would_run"], report["embedded_default"]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("jetflow", report["version"])
+    table.add_row("packages", ", ".join(f"{name} {version}" for name, version in machine["packages"].items()))
+    features = f" ({', '.join(machine['cpu_features'])})" if machine["cpu_features"] else ""
+    table.add_row("processor", f"{machine['cpu']}, {machine['num_cores']} cores{features}")
+    table.add_row("memory", _size(machine["memory_bytes"]))
+    for gpu in machine["gpus"]:
+        table.add_row("GPU", f"{gpu['name']}, {_size(gpu['memory_bytes'])}")
+    for name, size in embedded["num_bytes"].items():
+        table.add_row(f"embedded {name.replace('_', ' ')}", _size(size) if size else "[red]missing[/red]")
+    table.add_row("side-car", "yes" if embedded["has_sidecar"] else "no")
+    table.add_row("would run on", f"{run['device']}, {run['threads']} threads, attention by {run['attention']}")
+    console.print(table)
+    for warning in report["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+    if not report["warnings"]:
+        console.print("[green]nothing to complain about[/green]")
+
+
+def _warnings(machine: dict[str, Any], checkpoints: dict[str, int], *, has_gpu: bool) -> list[str]:
+    found = []
+    for name, size in checkpoints.items():
+        if not size:
+            found.append(
+                f"the embedded {name.replace('_', ' ')} is missing: reinstall, run make train, or give --model"
+            )
+    if machine["load_average"] > machine["num_cores"]:
+        found.append(f"the machine is busy (load {machine['load_average']}): measurements will be noisy")
+    if machine["num_threads"] > machine["num_cores"]:
+        found.append(
+            f"torch uses {machine['num_threads']} threads on {machine['num_cores']} cores: set JETFLOW_NUM_THREADS"
+        )
+    fast_bf16 = {"avx512_bf16", "amx_bf16", "bf16"}
+    if not has_gpu and not fast_bf16 & set(machine["cpu_features"]):
+        found.append("this processor has no bf16 instructions: --dtype float32 will be faster than bfloat16")
+    return found
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,1 @@
+"""KV pages: the pool, who uses which, and which can be shared."""

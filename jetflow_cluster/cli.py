@@ -1,0 +1,293 @@
+"""The ``jetflow`` command. Commands import what they need when they run, so that help appears at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jetflow_cluster import __version__
+from jetflow_cluster import cli_options as opt
+from jetflow_cluster.console import Commands, apply_environment, stderr, stdout
+from jetflow_cluster.env import read_environment
+from jetflow_cluster.types import (
+    InvalidRequestError,
+    RequestOutput,
+    SamplingParams,
+    SpeculationMode,
+    SpeculationOptions,
+)
+
+if TYPE_CHECKING:
+    from jetflow_cluster import LLM
+    from jetflow_cluster.bench.terminal import Streamed
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Several tokens per pass of a large language model, and not one of them changed.\n\n"
+    "A small draft head proposes a tree of continuations, the model checks all of it in one pass, and what it would "
+    "have written itself is kept. Without [bold]--model[/bold], every command uses the small model that comes with "
+    "the package.",
+    epilog='Start with:  [bold]jetflow demo[/bold]  or  [bold]jetflow generate "def fibonacci(n):" --stats[/bold]',
+)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+app.add_typer(bench_app, name="bench")
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        stdout.print(f"jetflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    apply_environment(read_environment())
+
+
+@app.command(
+    epilog='Examples:\n\n  jetflow generate "def quicksort(items):" --max-tokens 64 --stats\n\n'
+    "  jetflow generate --file prompt.txt --temperature 0.7 --seed 1 --json\n\n"
+    '  cat module.py | jetflow generate --stop "\\n\\n"'
+)
+def generate(
+    prompt: opt.PromptText = None,
+    file: opt.PromptFile = None,
+    model: opt.Model = None,
+    draft_head: opt.DraftHead = None,
+    dtype: opt.ComputeType = opt.DType.AUTO,
+    device: opt.Device = "auto",
+    max_model_len: opt.MaxModelLen = None,
+    chat: opt.Chat = False,
+    max_tokens: opt.MaxTokens = 128,
+    min_tokens: opt.MinTokens = 0,
+    temperature: opt.Temperature = 0.0,
+    top_k: opt.TopK = 0,
+    top_p: opt.TopP = 1.0,
+    min_p: opt.MinP = 0.0,
+    seed: opt.Seed = None,
+    stop: opt.Stop = None,
+    stop_token_id: opt.StopTokenId = None,
+    ignore_eos: opt.IgnoreEos = False,
+    repetition_penalty: opt.RepetitionPenalty = 1.0,
+    presence_penalty: opt.PresencePenalty = 0.0,
+    frequency_penalty: opt.FrequencyPenalty = 0.0,
+    logit_bias: opt.LogitBias = None,
+    logprobs: opt.Logprobs = None,
+    speculation: opt.Speculation = SpeculationMode.AUTO,
+    max_tree_nodes: opt.MaxTreeNodes = None,
+    max_depth: opt.MaxDepth = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Colour guessed tokens; tell speed and acceptance.")] = False,
+) -> None:
+    """Complete a prompt; text streams as it is made."""
+    if logprobs is not None and not as_json:
+        raise InvalidRequestError("logprobs", logprobs, "needs --json")
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop=opt.read_stops(stop),
+        stop_token_ids=tuple(stop_token_id or ()),
+        ignore_eos=ignore_eos,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=opt.read_biases(logit_bias),
+        logprobs=logprobs,
+        speculation=SpeculationOptions(mode=speculation, max_tree_nodes=max_tree_nodes, max_depth=max_depth),
+    )
+    text = opt.read_prompt(prompt, file)
+    llm = _load(model, draft_head, dtype, device, speculation, max_model_len=max_model_len)
+    _complete(llm, text, params, chat=chat, as_json=as_json, stats=stats)
+
+
+def _complete(llm: LLM, text: str, params: SamplingParams, *, chat: bool, as_json: bool, stats: bool) -> None:
+    asked: str | list[int] = llm.apply_chat_template([{"role": "user", "content": text}]) if chat else text
+    if as_json:
+        typer.echo(json.dumps(_output_object(llm.generate([asked], params)[0]), ensure_ascii=False))
+        return
+    from jetflow_cluster.bench.terminal import stream_to
+
+    streamed = stream_to(stdout, llm, asked, params, coloured=stats)
+    stdout.print()
+    if stats:
+        _print_stats(streamed)
+
+
+def _load(
+    model: str | None, draft_head: str | None, dtype: opt.DType, device: str, mode: SpeculationMode, **options: Any
+) -> LLM:
+    """An engine for one request at a time; it measures what trees pay only where the answer is needed."""
+    from jetflow_cluster import LLM
+
+    table = None if mode is SpeculationMode.AUTO else {1: 1}
+    with stderr.status("loading the model"):
+        return LLM(model, draft_head, dtype=dtype.value, device=device, max_num_requests=1, tree_nodes=table, **options)
+
+
+def _output_object(output: RequestOutput) -> dict[str, Any]:
+    speculation = dataclasses.asdict(output.speculation)
+    speculation["mean_acceptance_length"] = output.speculation.mean_acceptance_length
+    found: dict[str, Any] = {
+        "request_id": output.request_id,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "matched_stop": output.matched_stop,
+        "prompt_token_ids": output.prompt_token_ids,
+        "seed": output.seed,
+        "usage": dataclasses.asdict(output.usage),
+        "speculation": speculation,
+    }
+    if output.logprobs is not None:
+        found["logprobs"] = [dataclasses.asdict(entry) for entry in output.logprobs]
+    return found
+
+
+def _print_stats(streamed: Streamed) -> None:
+    stderr.print(
+        f"[dim]{len(streamed.token_ids)} tokens in {streamed.num_steps} passes, {streamed.tokens_per_s:.0f} tokens/s, "
+        f"{streamed.mean_acceptance_length:.2f} tokens per pass;[/dim] "
+        f"[green]{sum(streamed.accepted_per_step)} guessed[/green] [dim]by the draft head; "
+        f"ended by {streamed.finish_reason}[/dim]"
+    )
+
+
+@app.command(epilog="Example:\n\n  jetflow demo --output out/demo")
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for figures and pictures.")] = Path("out/demo"),
+    prompts: opt.PromptSet = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 6,
+    max_tokens: opt.MaxTokens = 96,
+    model: opt.Model = None,
+    draft_head: opt.DraftHead = None,
+    device: opt.Device = "auto",
+) -> None:
+    """Complete held-out code with and without speculation, live, and prove the outputs identical."""
+    from jetflow_cluster.bench.demo import DemoConfig, run_demo
+
+    config = DemoConfig(
+        output_dir=output,
+        prompts=prompts,
+        num_prompts=num_prompts,
+        max_tokens=max_tokens,
+        model=model,
+        draft_head=draft_head,
+        device=device,
+    )
+    run_demo(config, stdout)
+    for name in ("results.json", "demo.png", "trees.html"):
+        if (output / name).exists():
+            stdout.print(f"wrote {output / name}")
+
+
+@app.command(epilog='Example:\n\n  jetflow trace "def read_config(path):" --max-tree-nodes 32 --output trees.html')
+def trace(
+    prompt: opt.PromptText = None,
+    file: opt.PromptFile = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("trees.html"),
+    model: opt.Model = None,
+    draft_head: opt.DraftHead = None,
+    dtype: opt.ComputeType = opt.DType.AUTO,
+    device: opt.Device = "auto",
+    max_tokens: opt.MaxTokens = 64,
+    temperature: opt.Temperature = 0.0,
+    seed: opt.Seed = None,
+    speculation: opt.Speculation = SpeculationMode.FORCE,
+    max_tree_nodes: opt.MaxTreeNodes = None,
+    max_depth: opt.MaxDepth = None,
+) -> None:
+    """Draw a request's trees step by step: what was guessed, how likely, and what was kept."""
+    options = SpeculationOptions(mode=speculation, max_tree_nodes=max_tree_nodes, max_depth=max_depth)
+    params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, speculation=options)
+    text = opt.read_prompt(prompt, file)
+    llm = _load(model, draft_head, dtype, device, speculation)
+
+    from jetflow_cluster.bench.trace import record_trace, trace_page
+
+    record = record_trace(llm, text, params)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(trace_page(record), encoding="utf-8")
+    stdout.print(f"wrote {output}: {len(record.steps)} steps, {len(record.output.token_ids)} tokens")
+
+
+@bench_app.callback()
+def _bench() -> None:
+    """Measure speed on this machine."""
+
+
+@bench_app.command(
+    epilog="Examples:\n\n  jetflow bench offline --output out/bench\n\n"
+    "  jetflow bench offline --output out/quick --dtype fp32 --batch-sizes 1 --num-prompts 8"
+)
+def offline(
+    output: Annotated[Path, typer.Option(help="Folder for results.json and the picture.")],
+    model: opt.Model = None,
+    draft_head: opt.DraftHead = None,
+    device: opt.Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Compute types, by comma: fp32, bf16, fp16, fp64.")] = "fp32,bf16",
+    batch_sizes: Annotated[str, typer.Option(help="Requests at a time, by comma.")] = "1,8,32",
+    budgets: Annotated[str, typer.Option(help="Tree sizes to force at batch size 1, by comma.")] = "8,16,32,64",
+    num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 40,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens of each prompt.")] = 96,
+    prompts: opt.PromptSet = None,
+) -> None:
+    """Compare this engine with and without speculation, and transformers, on the same weights and prompts.
+
+    All systems take turns on each prompt in a changing order; medians of ratios within a prompt are reported.
+    """
+    from jetflow_cluster.bench.offline import OfflineBenchConfig, run_offline
+    from jetflow_cluster.bench.report import draw_offline, rows_table, write_json
+
+    config = OfflineBenchConfig(
+        model=model,
+        draft_head=draft_head,
+        device=device,
+        dtypes=tuple(part.strip() for part in dtype.split(",")),
+        batch_sizes=opt.read_numbers("batch_sizes", batch_sizes),
+        budgets=opt.read_numbers("budgets", budgets),
+        num_prompts=num_prompts,
+        max_tokens=max_tokens,
+        prompts=prompts,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        task = progress.add_task("starting")
+
+        def show(label: str, done: int, total: int) -> None:
+            progress.update(task, description=label, completed=done, total=total)
+
+        results = run_offline(config, on_progress=show)
+    write_json(results, output / "results.json")
+    draw_offline(results, output / "results.png")
+    stdout.print(rows_table(results["rows"]))
+    stdout.print(f"wrote {output / 'results.json'} and {output / 'results.png'}")
+
+
+@app.command()
+def doctor(as_json: opt.AsJson = False) -> None:
+    """Tell versions, devices, the embedded model, and what would run here."""
+    from jetflow_cluster.bench.doctor import examine, print_report
+
+    report = examine()
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        print_report(report, stdout)

@@ -1,0 +1,210 @@
+"""The draft head: a causal block drafter over the target's hidden states, in the published DFlash/JetSpec format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from jetflow_cluster.layers.linear import Piece, ReplicatedLinear
+from jetflow_cluster.layers.norm import RmsNorm
+from jetflow_cluster.layers.rotary import Rotary
+from jetflow_cluster.models.batch import ForwardBatch
+from jetflow_cluster.models.config import TargetConfig, TransformerConfig, read_json, transformer_fields
+from jetflow_cluster.models.qwen3 import Qwen3Layer
+from jetflow_cluster.parallel.tp_group import TpGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftHeadConfig(TransformerConfig):
+    """A draft head."""
+
+    #: Anchor plus masks; one token fewer is the deepest guess.
+    block_size: int
+    #: Layers of the target that it was made for.
+    num_target_layers: int
+    #: 0-based target layers whose outputs are fused.
+    target_layer_ids: tuple[int, ...]
+    #: Token whose embedding fills the slots to be guessed.
+    mask_token_id: int
+    #: True when a slot sees the slots before it only; false is a bidirectional DFlash head.
+    causal: bool
+
+    @classmethod
+    def from_dir(cls, folder: Path) -> DraftHeadConfig:
+        """Reads ``config.json``.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: a field is missing, contradictory or not supported; names it. So does a head that does not
+                say whether it is causal: guessing wrong costs acceptance without an error.
+        """
+        path = folder / "config.json"
+        raw = read_json(path)
+        special = raw.get("dflash_config")
+        if not isinstance(special, dict):
+            raise ValueError(f"{path}: dflash_config is missing; this is no DFlash or JetSpec draft head")
+        flags = {key: bool(special[key]) for key in ("causal_head", "causal") if key in special}
+        if len(set(flags.values())) != 1:
+            state = "contradict each other" if flags else "are both missing"
+            raise ValueError(f"{path}: dflash_config.causal_head and dflash_config.causal {state}; set one to true or false")
+        fields = transformer_fields(raw, folder)
+        target_hidden = special.get("target_hidden_size")
+        if target_hidden not in (None, fields["hidden_size"]):
+            raise ValueError(
+                f"{path}: dflash_config.target_hidden_size = {target_hidden} with hidden_size = "
+                f"{fields['hidden_size']}: heads with hidden_dim_adapter are not supported"
+            )
+        for key, source in (("block_size", raw), ("num_target_layers", raw), ("mask_token_id", special)):
+            if source.get(key) is None:
+                raise ValueError(f"{path}: {key} is missing")
+        if raw["block_size"] < 2:
+            raise ValueError(f"{path}: block_size = {raw['block_size']}: must be at least 2")
+        taps = special.get("target_layer_ids")
+        if not taps:
+            taps = default_taps(int(raw["num_target_layers"]), fields["num_layers"])
+        return cls(
+            **fields,
+            block_size=int(raw["block_size"]),
+            num_target_layers=int(raw["num_target_layers"]),
+            target_layer_ids=tuple(int(i) for i in taps),
+            mask_token_id=int(special["mask_token_id"]),
+            causal=next(iter(flags.values())),
+        )
+
+    def check_fits(self, target: TargetConfig) -> None:
+        """Raises ValueError, with both values, where the head was made for another target."""
+        pairs = {
+            "hidden_size": (self.hidden_size, target.hidden_size),
+            "vocab_size": (self.vocab_size, target.vocab_size),
+            "num_target_layers": (self.num_target_layers, target.num_layers),
+        }
+        for name, (ours, theirs) in pairs.items():
+            if ours != theirs:
+                raise ValueError(f"draft head: {name} = {ours}, the target's is {theirs}")
+        outside = [i for i in self.target_layer_ids if not 0 <= i < target.num_layers]
+        if outside or list(self.target_layer_ids) != sorted(set(self.target_layer_ids)):
+            raise ValueError(
+                f"draft head: target_layer_ids = {list(self.target_layer_ids)}: must ascend within "
+                f"[0, {target.num_layers - 1}]"
+            )
+        if not 0 <= self.mask_token_id < target.vocab_size:
+            raise ValueError(
+                f"draft head: mask_token_id = {self.mask_token_id}: the target's vocabulary has {target.vocab_size}"
+            )
+
+
+def default_taps(num_target_layers: int, num_taps: int) -> list[int]:
+    """Taps of a head that names none: evenly from layer 1 to the third from the end; a single one in the middle."""
+    if num_taps == 1:
+        return [num_target_layers // 2]
+    return [round(1 + i * (num_target_layers - 4) / (num_taps - 1)) for i in range(num_taps)]
+
+
+class DraftHead(nn.Module):
+    """One rank's part of a draft head. Embedding and output layer are the target's.
+
+    A slot's context K and V depend on the token's fused hidden vector and position alone, so they are written to
+    pages once per committed token (`project_context`) and never again.
+    """
+
+    def __init__(self, config: DraftHeadConfig, tp: TpGroup, device: torch.device):
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_size
+        self.fc = ReplicatedLinear("fc", len(config.target_layer_ids) * hidden, hidden)
+        self.hidden_norm = RmsNorm("hidden_norm", hidden, config.rms_norm_eps)
+        self.layers = nn.ModuleList(Qwen3Layer(config, tp) for _ in range(config.num_layers))
+        self.norm = RmsNorm("norm", hidden, config.rms_norm_eps)
+        self._rotary = Rotary(config.rope, config.head_dim, device)
+
+    @property
+    def num_local_kv_heads(self) -> int:
+        """KV heads of this rank."""
+        return int(self.layers[0].attention.num_kv_heads)
+
+    def fuse(self, taps: torch.Tensor) -> torch.Tensor:
+        """Taps ``[N, num_taps * hidden_size]`` to fused hidden vectors ``[N, hidden_size]``."""
+        return self.hidden_norm(self.fc(taps))
+
+    def project_context(
+        self, fused: torch.Tensor, positions: torch.Tensor, slot_mapping: torch.Tensor, kv: torch.Tensor
+    ) -> None:
+        """Writes the context K and V of N tokens, in all layers.
+
+        Args:
+            fused: ``[N, hidden_size]``.
+            positions: int64 ``[N]``, absolute.
+            slot_mapping: int64 ``[N]``.
+            kv: ``[num_layers, 2, num_pages, page_size, num_local_kv_heads, head_dim]``.
+        """
+        cos, sin = self._rotary.angles(positions, fused.dtype)
+        for layer, layer_kv in zip(self.layers, kv.unbind(0), strict=True):
+            layer.attention.store_context(fused, cos, sin, slot_mapping, layer_kv)
+
+    def forward(self, embeds: torch.Tensor, batch: ForwardBatch, kv: torch.Tensor) -> torch.Tensor:
+        """Blocks of anchor and masks, embedded ``[T, hidden_size]``, to final-normed hidden states of the same shape.
+
+        The output at slot k of a block guesses the token k positions behind the anchor; slot 0 guesses nothing.
+        """
+        cos, sin = self._rotary.angles(batch.positions, embeds.dtype)
+        x = embeds
+        for layer, layer_kv in zip(self.layers, kv.unbind(0), strict=True):
+            x = layer(x, cos, sin, batch, layer_kv)
+        return self.norm(x)
+
+    def pieces(self) -> Iterator[Piece]:
+        """What to read from a checkpoint."""
+        yield from self.fc.pieces()
+        yield from self.hidden_norm.pieces()
+        yield from self.norm.pieces()
+        for i, layer in enumerate(self.layers):
+            for name, *rest in layer.pieces():
+                yield f"layers.{i}.{name}", *rest
+
+
+def head_config_json(
+    config: DraftHeadConfig, *, architecture: str = "DFlashDraftModel"
+) -> dict[str, Any]:
+    """The published ``config.json`` of a head; both names of the causal flag are written."""
+    rope = {"rope_type": "default", "rope_theta": config.rope.theta}
+    if config.rope.rope_type == "yarn":
+        rope |= {
+            "rope_type": "yarn",
+            "factor": config.rope.factor,
+            "original_max_position_embeddings": config.rope.original_max_position_embeddings,
+            "beta_fast": config.rope.beta_fast,
+            "beta_slow": config.rope.beta_slow,
+        }
+    return {
+        "architectures": [architecture],
+        "model_type": "qwen3",
+        "block_size": config.block_size,
+        "num_target_layers": config.num_target_layers,
+        "num_hidden_layers": config.num_layers,
+        "layer_types": ["full_attention"] * config.num_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope.theta,
+        "rope_parameters": rope,
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": False,
+        "dtype": config.dtype,
+        "dflash_config": {
+            "causal_head": config.causal,
+            "causal": config.causal,
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": list(config.target_layer_ids),
+        },
+    }

@@ -1,0 +1,132 @@
+"""Dense Qwen3: the target model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from jetflow_cluster.layers.attention import PagedAttention
+from jetflow_cluster.layers.embedding import ParallelLmHead, VocabParallelEmbedding
+from jetflow_cluster.layers.linear import GateUpLinear, Piece, RowParallelLinear
+from jetflow_cluster.layers.norm import RmsNorm
+from jetflow_cluster.layers.rotary import Rotary
+from jetflow_cluster.models.batch import ForwardBatch
+from jetflow_cluster.models.config import TargetConfig, TransformerConfig
+from jetflow_cluster.parallel.tp_group import TpGroup
+
+
+class Mlp(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, tp: TpGroup):
+        super().__init__()
+        self.gate_up = GateUpLinear(hidden_size, intermediate_size, tp)
+        self.down = RowParallelLinear("down_proj", intermediate_size, hidden_size, tp, "intermediate_size")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate).mul_(up))
+
+    def pieces(self) -> Iterator[Piece]:
+        """What to read from a checkpoint."""
+        yield from self.gate_up.pieces()
+        yield from self.down.pieces()
+
+
+class Qwen3Layer(nn.Module):
+    """Attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: TransformerConfig, tp: TpGroup):
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_norm = RmsNorm("input_layernorm", hidden, eps)
+        self.attention = PagedAttention(hidden, config.num_heads, config.num_kv_heads, config.head_dim, eps, tp)
+        self.mlp_norm = RmsNorm("post_attention_layernorm", hidden, eps)
+        self.mlp = Mlp(hidden, config.intermediate_size, tp)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: ForwardBatch, kv: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows ``[T, hidden_size]``; `kv` is the layer's part of the cache."""
+        x = x + self.attention(self.input_norm(x), cos, sin, batch.slot_mapping, batch.attention, kv)
+        return x.add_(self.mlp(self.mlp_norm(x)))
+
+    def pieces(self) -> Iterator[Piece]:
+        """What to read from a checkpoint."""
+        yield from self.input_norm.pieces()
+        yield from self.mlp_norm.pieces()
+        for prefix, part in (("self_attn", self.attention), ("mlp", self.mlp)):
+            for name, *rest in part.pieces():
+                yield f"{prefix}.{name}", *rest
+
+
+class Qwen3Model(nn.Module):
+    """One rank's part of a dense Qwen3 target. For inference only; parameters hold no gradients."""
+
+    def __init__(self, config: TargetConfig, tp: TpGroup, device: torch.device):
+        super().__init__()
+        self.config = config
+        self.embedding = VocabParallelEmbedding("model.embed_tokens", config.vocab_size, config.hidden_size, tp)
+        self.layers = nn.ModuleList(Qwen3Layer(config, tp) for _ in range(config.num_layers))
+        self.norm = RmsNorm("model.norm", config.hidden_size, config.rms_norm_eps)
+        self.lm_head = ParallelLmHead(
+            self.embedding, config.tie_word_embeddings, config.vocab_size, config.hidden_size, tp
+        )
+        self._rotary = Rotary(config.rope, config.head_dim, device)
+
+    @property
+    def num_local_kv_heads(self) -> int:
+        """KV heads of this rank."""
+        return int(self.layers[0].attention.num_kv_heads)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of weights, activations and KV."""
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 ids ``[N]`` to ``[N, hidden_size]``."""
+        return self.embedding(token_ids)
+
+    def forward(
+        self, batch: ForwardBatch, kv: torch.Tensor, tap_layer_ids: tuple[int, ...] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Computes all rows and stores their K and V.
+
+        Args:
+            batch: T rows.
+            kv: ``[num_layers, 2, num_pages, page_size, num_local_kv_heads, head_dim]``.
+            tap_layer_ids: layers whose output (the residual stream behind them) is wanted, ascending.
+
+        Returns:
+            hidden ``[T, hidden_size]`` behind the final norm, and taps ``[T, len(tap_layer_ids) * hidden_size]``.
+        """
+        x = self.embedding(batch.token_ids)
+        cos, sin = self._rotary.angles(batch.positions, x.dtype)
+        taps = []
+        for i, (layer, layer_kv) in enumerate(zip(self.layers, kv.unbind(0), strict=True)):
+            x = layer(x, cos, sin, batch, layer_kv)
+            if i in tap_layer_ids:
+                taps.append(x)
+        return self.norm(x), torch.cat(taps, -1) if taps else None
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[M, hidden_size]`` to ``[M, vocab_size]``, whole on every rank."""
+        return self.lm_head(hidden)
+
+    def pieces(self) -> Iterator[Piece]:
+        """What to read from a checkpoint."""
+        yield from self.embedding.pieces()
+        yield from self.norm.pieces()
+        yield from self.lm_head.pieces()
+        for i, layer in enumerate(self.layers):
+            for name, *rest in layer.pieces():
+                yield f"model.layers.{i}.{name}", *rest

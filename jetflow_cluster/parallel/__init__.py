@@ -1,0 +1,1 @@
+"""Tensor parallelism: groups of ranks and the slices of weights that they hold."""

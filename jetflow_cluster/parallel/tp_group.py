@@ -1,0 +1,42 @@
+"""The ranks that share one model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class TpGroup:
+    """Collectives of one tensor-parallel group; a group of one does nothing."""
+
+    def __init__(self, rank: int, size: int, process_group: Any = None):
+        if not 0 <= rank < size:
+            raise ValueError(f"rank = {rank}: must be in [0, {size - 1}]")
+        self.rank, self.size = rank, size
+        self._group = process_group
+
+    @classmethod
+    def single(cls) -> TpGroup:
+        """The group of one rank."""
+        return cls(0, 1)
+
+    @classmethod
+    def from_process_group(cls, process_group: Any = None) -> TpGroup:
+        """The ranks of an initialised `torch.distributed` group; None is the default group."""
+        return cls(dist.get_rank(process_group), dist.get_world_size(process_group), process_group)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self._group)
+        return x
+
+    def all_gather_last_dim(self, x: torch.Tensor) -> torch.Tensor:
+        """The ranks' tensors side by side along the last dim, rank 0 first."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self._group)
+        return torch.cat(parts, -1)

@@ -1,0 +1,1 @@
+"""Operations of tree speculation over paged KV. Imports nothing heavy."""

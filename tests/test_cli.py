@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from jetflow_cluster.cli import app
+
+runner = CliRunner()
+
+
+def invoke(*arguments: str, stdin: str | None = None, env: dict[str, str] | None = None) -> Any:
+    return runner.invoke(app, list(arguments), input=stdin, env=env)
+
+
+def invoke_json(*arguments: str, stdin: str | None = None) -> dict[str, Any]:
+    result = invoke(*arguments, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.stdout))
+
+
+def plain(text: str) -> str:
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
+
+
+@pytest.fixture
+def model(tiny_target_dir: Path, tiny_head_dir: Path) -> list[str]:
+    return ["--model", str(tiny_target_dir), "--draft-head", str(tiny_head_dir), "--dtype", "float64"]
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        pytest.param([], ["generate", "bench", "trace", "doctor", "demo", "Start with"], id="top"),
+        pytest.param(["generate"], ["--speculation", "auto|off|force", "Examples", "--stop"], id="generate"),
+        pytest.param(["bench"], ["offline"], id="bench"),
+        pytest.param(["bench", "offline"], ["--batch-sizes", "1,8,32", "Examples"], id="bench-offline"),
+        pytest.param(["trace"], ["--max-tree-nodes", "Example"], id="trace"),
+        pytest.param(["demo"], ["--num-prompts", "Example"], id="demo"),
+        pytest.param(["doctor"], ["--json"], id="doctor"),
+    ],
+)
+def test_help_teaches(command: list[str], words: list[str]) -> None:
+    result = invoke(*command, "--help", env={"COLUMNS": "140"})
+    assert result.exit_code == 0
+    shown = plain(result.output)
+    assert [word for word in words if word not in shown] == []
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout.startswith("jetflow 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        pytest.param(["--temperature", "-1"], "temperature = -1.0: must be a number in [0.0, 100.0]", id="temperature"),
+        pytest.param(["--top-p", "0"], "top_p = 0.0: must be a number in (0.0, 1.0]", id="top-p"),
+        pytest.param(["--max-tokens", "0"], "max_tokens = 0: must be an integer", id="max-tokens"),
+        pytest.param(["--max-tree-nodes", "9999"], "speculation.max_tree_nodes = 9999", id="max-tree-nodes"),
+        pytest.param(["--logit-bias", "a=1"], "logit_bias = 'a=1': must be ID=BIAS", id="logit-bias"),
+        pytest.param(["--logprobs", "2"], "logprobs = 2: needs --json", id="logprobs-without-json"),
+        pytest.param(["--file", "x.txt"], "prompt = 'x.txt': give a text or a file, not both", id="two-prompts"),
+    ],
+)
+def test_values_that_cannot_be_honoured_are_named(arguments: list[str], message: str) -> None:
+    result = invoke("generate", "text", *arguments)
+    assert result.exit_code == 2
+    assert plain(result.stderr) == plain(f"error: {message}{plain(result.stderr).partition(message)[2]}")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        pytest.param(["--no-such-option"], "No such option", id="unknown-option"),
+        pytest.param(["--speculation", "maybe"], "maybe", id="unknown-mode"),
+        pytest.param(["--top-k", "many"], "--top-k", id="no-number"),
+    ],
+)
+def test_usage_errors_exit_with_2(arguments: list[str], message: str) -> None:
+    result = invoke("generate", "text", *arguments)
+    assert result.exit_code == 2
+    assert message in plain(result.stderr)
+
+
+@pytest.mark.parametrize(
+    "arguments, env, message",
+    [
+        pytest.param(["generate", "x", "--file", "-", "--model", "y"], None, "not both", id="request"),
+        pytest.param(["doctor"], {"JETFLOW_LOG_LEVEL": "loud"}, "JETFLOW_LOG_LEVEL", id="environment"),
+        pytest.param(["generate", "--file", "no/such/file"], None, "no/such/file", id="no-such-file"),
+        pytest.param(["bench", "offline", "--output", "x", "--dtype", "int3"], None, "int3", id="dtype"),
+        pytest.param(["bench", "offline", "--output", "x", "--batch-sizes", "a"], None, "batch_sizes", id="numbers"),
+        pytest.param(["bench", "offline", "--output", "x", "--budgets", "1"], None, "at least 2", id="budgets"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], env: dict[str, str] | None, message: str) -> None:
+    result = invoke(*arguments, env=env)
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_generate_prints_one_json_object(model: list[str]) -> None:
+    found = invoke_json("generate", "def add(a, b):", *model, "--max-tokens", "12", "--ignore-eos", "--json")
+    assert len(found["token_ids"]) == 12
+    assert found["finish_reason"] == "length"
+    assert found["usage"] == {"prompt_tokens": 14, "completion_tokens": 12, "cached_tokens": 0}
+    assert found["speculation"]["mean_acceptance_length"] >= 1.0
+    assert isinstance(found["text"], str)
+
+
+@pytest.mark.parametrize(
+    "sampling", [["--temperature", "0"], ["--temperature", "1", "--seed", "7"]], ids=["greedy", "sampled"]
+)
+@pytest.mark.parametrize(
+    "limits", [[], ["--max-tree-nodes", "5"], ["--max-depth", "2"]], ids=["free", "nodes", "depth"]
+)
+def test_speculation_changes_no_token(model: list[str], sampling: list[str], limits: list[str]) -> None:
+    common = ["generate", "for i in range(3):", *model, *sampling, "--max-tokens", "16", "--ignore-eos", "--json"]
+    off = invoke_json(*common, "--speculation", "off")
+    force = invoke_json(*common, "--speculation", "force", *limits)
+    assert (off["token_ids"], off["text"]) == (force["token_ids"], force["text"])
+    assert off["speculation"]["num_draft_nodes"] == 0 < force["speculation"]["num_draft_nodes"]
+
+
+def test_generate_streams_what_json_says(model: list[str]) -> None:
+    common = ["generate", "import os", *model, "--max-tokens", "10", "--ignore-eos"]
+    result = invoke(*common, "--stats")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == invoke_json(*common, "--json")["text"] + "\n"
+    assert "tokens per pass" in result.stderr
+    assert "guessed" in result.stderr
+
+
+def test_prompts_come_from_file_and_standard_input(model: list[str], tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("x = 1\n")
+    common = [*model, "--max-tokens", "4", "--json"]
+    given = invoke_json("generate", "x = 1\n", *common)
+    from_file = invoke_json("generate", "--file", str(tmp_path / "prompt.txt"), *common)
+    from_stdin = invoke_json("generate", *common, stdin="x = 1\n")
+    assert given["prompt_token_ids"] == from_file["prompt_token_ids"] == from_stdin["prompt_token_ids"]
+    assert given["token_ids"] == from_file["token_ids"] == from_stdin["token_ids"]
+
+
+def test_logprobs_are_in_the_object(model: list[str]) -> None:
+    found = invoke_json("generate", "x", *model, "--max-tokens", "3", "--ignore-eos", "--logprobs", "2", "--json")
+    assert [len(entry["top"]) for entry in found["logprobs"]] == [2, 2, 2]
+
+
+def test_prompts_that_are_too_long_are_refused(model: list[str]) -> None:
+    result = invoke("generate", "word " * 200, *model)
+    assert result.exit_code == 2
+    assert "prompt = '1000 tokens'" in result.stderr
+
+
+def test_trace_writes_one_page(model: list[str], tmp_path: Path) -> None:
+    page = tmp_path / "pages" / "trees.html"
+    result = invoke("trace", "def f(x):", *model, "--max-tokens", "12", "--max-tree-nodes", "8", "--output", str(page))
+    assert result.exit_code == 0, result.output
+    content = page.read_text()
+    assert content.count("<svg") == content.count("<section") > 0
+    assert "http" not in content
+
+
+def test_doctor_tells_versions_and_devices() -> None:
+    report = json.loads(invoke("doctor", "--json").stdout)
+    assert report["machine"]["packages"]["torch"]
+    assert report["would_run"]["device"] in ("cpu", "cuda")
+    shown = invoke("doctor").stdout
+    assert "torch" in shown
+    assert "would run on" in shown
+
+
+def test_demo_proves_outputs_identical(model: list[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("def add(a, b):\n    return\n---\nfor x in range(3):\n")
+    engine = [argument for argument in model if argument not in ("--dtype", "float64")]
+    result = invoke(
+        "demo", "--prompts", str(prompts), "--max-tokens", "12", "--output", str(tmp_path / "demo"), *engine
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["off", "auto"]
+    assert found["num_different_outputs"] == 0
+    assert "outputs identical" in result.stdout
+    for name in ("demo.png", "trees.html"):
+        assert (tmp_path / "demo" / name).stat().st_size > 1000

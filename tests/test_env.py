@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pytest
+
+from jetflow_cluster.env import Environment, read_environment
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        pytest.param({}, Environment(), id="empty"),
+        pytest.param({"PATH": "x", "JETFLOW_LOG_LEVEL": "DEBUG"}, Environment(log_level="debug"), id="level"),
+        pytest.param({"JETFLOW_NUM_THREADS": "3"}, Environment(num_threads=3), id="threads"),
+    ],
+)
+def test_values_are_read(variables: dict[str, str], expected: Environment) -> None:
+    assert read_environment(variables) == expected
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        pytest.param({"JETFLOW_LOG_LEVEL": "loud"}, "JETFLOW_LOG_LEVEL = 'loud': must be one of", id="level"),
+        pytest.param({"JETFLOW_NUM_THREADS": "0"}, "JETFLOW_NUM_THREADS = 0: must be at least 1", id="zero-threads"),
+        pytest.param({"JETFLOW_NUM_THREADS": "two"}, "must be a whole number", id="threads-in-words"),
+        pytest.param({"JETFLOW_LOGLEVEL": "info"}, "did you mean JETFLOW_LOG_LEVEL", id="misspelt"),
+        pytest.param({"JETFLOW_XYZ": "1"}, "no such variable", id="unknown"),
+    ],
+)
+def test_mistakes_are_named(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_environment(variables)
