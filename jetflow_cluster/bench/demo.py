@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
         prompts = load_prompts(
             config.prompts, llm.tokenizer, max_prompts=config.num_prompts, max_prompt_tokens=min(256, longest)
         )
-        _complete(llm, prompts[0], config, SpeculationMode.AUTO, Console(quiet=True))
+        _complete(llm, prompts[0], config, SpeculationMode.AUTO, Console(file=io.StringIO()))
     pairs, near_ties = [], []
     for i, prompt in enumerate(prompts):
         pair = _complete_both(llm, prompt, config, console, index=i, count=len(prompts))
@@ -209,8 +210,8 @@ def _draw(pairs: Sequence[_Pair], folder: Path) -> None:
     plt = load_pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.45 * len(pairs) + 2.2), width_ratios=[3, 2])
     places = range(len(pairs))
-    left.barh([p + 0.19 for p in places], [p.plain.tokens_per_s for p in pairs], 0.36, color="#9aa5b1")
-    bars = left.barh([p - 0.19 for p in places], [p.tree.tokens_per_s for p in pairs], 0.36, color="#0b7a75")
+    left.barh([p - 0.19 for p in places], [p.plain.tokens_per_s for p in pairs], 0.36, color="#9aa5b1")
+    bars = left.barh([p + 0.19 for p in places], [p.tree.tokens_per_s for p in pairs], 0.36, color="#0b7a75")
     left.bar_label(bars, labels=[f" {pair.ratio:.2f}x" for pair in pairs], fontsize=8)
     left.set_yticks(list(places), [_short(pair.prompt.name) for pair in pairs])
     left.invert_yaxis()

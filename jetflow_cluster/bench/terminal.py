@@ -46,6 +46,13 @@ def stream_to(
 ) -> Streamed:
     """Prints a request's text as it comes and returns what it was.
 
+    Args:
+        console: where to print.
+        llm: what runs the request.
+        prompt: text or token ids.
+        params: how to sample and when to stop.
+        coloured: show guessed tokens in colour.
+
     Raises:
         InvalidRequestError: the request cannot be honoured.
     """
@@ -56,8 +63,12 @@ def stream_to(
         streamed.finish_reason = delta.finish_reason
         if delta.token_ids:
             streamed.accepted_per_step.append(delta.num_accepted)
-        if delta.text:
-            console.print(_styled(llm, delta) if coloured else Text(delta.text), end="")
+        if coloured:
+            console.print(_styled(llm, delta), end="")
+        else:
+            # Rich drops control characters; plain output is the text to the last one.
+            console.file.write(delta.text)
+            console.file.flush()
     streamed.num_steps = len(streamed.accepted_per_step)
     return streamed
 

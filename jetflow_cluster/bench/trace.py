@@ -94,7 +94,7 @@ def _tinted_output(trace: Trace) -> str:
 def _step_section(index: int, step: TreeRecord, decode: Decode) -> str:
     num_kept = max(0, len(step.accepted_nodes) - 1)
     guessed = step.tree.num_nodes - 1
-    note = f"{guessed} guesses, {num_kept} kept" if guessed else "no guesses"
+    note = f"{guessed} guesses, {num_kept} kept" if guessed else "no guesses" if index else "the pass over the prompt"
     expected = sum(math.exp(score / 65536) for score in step.tree.scores)
     emitted = html.escape(repr(decode(step.token_ids)))
     return (

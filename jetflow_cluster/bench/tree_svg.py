@@ -12,7 +12,7 @@ from jetflow_cluster.tree.draft_tree import DraftTree
 _NODE_W, _NODE_H = 98, 24
 _GAP_X, _GAP_Y = 26, 7
 _TOP = 20
-_MAX_CHARS = 11
+_MAX_CHARS = 8
 #: Fill of a node of probability 0 and of probability 1.
 _UNLIKELY, _LIKELY = (238, 243, 246), (116, 196, 210)
 
@@ -93,11 +93,12 @@ def _node(tree: DraftTree, i: int, x: float, y: float, *, is_kept: bool, text: s
     title = f"node {i}, token {tree.token_ids[i]} {text!r}: {chance:.1%} behind its parent, {path_chance:.2%} as a path"
     kind = "node" + (" kept" if is_kept else "") + ("" if i else " root")
     fill = "" if i == 0 else f' fill="{_colour(path_chance)}"'
+    label = _label(text, tree.token_ids[i])
     chance_text = f'<text class="chance" x="{x + _NODE_W - 4:g}" y="{y + 16:g}" text-anchor="end">{chance:.0%}</text>'
     return (
         f'<g><title>{html.escape(title)}</title><rect class="{kind}"{fill} x="{x:g}" y="{y:g}" '
         f'width="{_NODE_W}" height="{_NODE_H}" rx="4"/>'
-        f'<text class="{"label" if i else "plain"}" x="{x + 6:g}" y="{y + 16:g}">{_label(text)}</text>'
+        f'<text class="{"label" if i else "plain"}" x="{x + 6:g}" y="{y + 16:g}">{label}</text>'
         f"{chance_text if i else ''}</g>"
     )
 
@@ -106,14 +107,16 @@ def _own_node(x: float, y: float, token: int, text: str) -> str:
     title = html.escape(f"token {token} {text!r}: the target's own")
     return (
         f'<g><title>{title}</title><rect class="node own" x="{x:g}" y="{y:g}" width="{_NODE_W}" height="{_NODE_H}" '
-        f'rx="4"/><text class="plain" x="{x + 6:g}" y="{y + 16:g}">{_label(text)}</text></g>'
+        f'rx="4"/><text class="plain" x="{x + 6:g}" y="{y + 16:g}">{_label(text, token)}</text></g>'
     )
 
 
-def _label(text: str) -> str:
+def _label(text: str, token: int) -> str:
     shown = text.replace("\n", "\u21b5").replace("\t", "\u21e5").replace(" ", "\u00b7")
-    if len(shown) > _MAX_CHARS - 3:
-        shown = shown[: _MAX_CHARS - 4] + "\u2026"
+    if not shown.isprintable() or "\ufffd" in shown:
+        shown = f"#{token}"
+    if len(shown) > _MAX_CHARS:
+        shown = shown[: _MAX_CHARS - 1] + "\u2026"
     return html.escape(shown)
 
 

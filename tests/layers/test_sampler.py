@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 
 import pytest
 import torch
 
+from distribution.slow_rules import slow_choice, slow_scores
 from jetflow_cluster.layers.sampler import (
     SamplingRow,
     TokenCounts,
@@ -48,47 +48,6 @@ OPTIONS: dict[str, dict] = {
         "logit_bias": {0: 1.5, 7: -2.0},
     },
 }
-
-
-def slow_scores(logits: torch.Tensor, params: SamplingParams, prompt, output, suppressed) -> list[float]:
-    """Scores behind all options but the noise; dropped tokens are -inf."""
-    scores = logits.double().tolist()
-    for token in set(prompt) | set(output):
-        scores[token] = scores[token] / params.repetition_penalty if scores[token] > 0 else (
-            scores[token] * params.repetition_penalty
-        )
-    for token in set(output):
-        scores[token] -= params.presence_penalty + params.frequency_penalty * output.count(token)
-    for token, bias in params.logit_bias.items():
-        scores[token] += bias
-    for token in suppressed:
-        scores[token] = -math.inf
-    if params.is_greedy:
-        return scores
-    scores = [score / params.temperature for score in scores]
-    # Ties go to the lower token id.
-    order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))
-    kept = order[: params.top_k or len(order)]
-    best = scores[order[0]]
-    weights = [math.exp(scores[token] - best) for token in kept]
-    mass, cut = 0.0, len(kept)
-    for i, weight in enumerate(weights):
-        if mass >= params.top_p * sum(weights):
-            cut = i
-            break
-        mass += weight
-    kept = kept[:cut] if params.top_p < 1.0 else kept
-    if params.min_p > 0.0:
-        kept = [token for token in kept if scores[token] >= best + math.log(params.min_p)]
-    return [score if token in kept else -math.inf for token, score in enumerate(scores)]
-
-
-def slow_choice(logits, params: SamplingParams, seed, position, prompt, output, suppressed) -> int:
-    scores = slow_scores(logits, params, prompt, output, suppressed)
-    if not params.is_greedy:
-        noise = gumbel_noise(seed, torch.tensor(position), torch.arange(len(scores))).tolist()
-        scores = [score + g for score, g in zip(scores, noise, strict=True)]
-    return max(range(len(scores)), key=lambda token: (scores[token], -token))
 
 
 def random_case(rng: random.Random, params: SamplingParams, vocab: int = VOCAB):
@@ -200,7 +159,9 @@ def test_logits_are_left_as_they_are():
     logits = torch.randn(4, VOCAB, dtype=torch.float64)
     before = logits.clone()
     rows = [
-        SamplingRow(params=parameters(t, "everything"), seed=1, position=2, counts=TokenCounts([1, 2], [3]), path=[4, 4])
+        SamplingRow(
+            params=parameters(t, "everything"), seed=1, position=2, counts=TokenCounts([1, 2], [3]), path=[4, 4]
+        )
         for t in (0.0, 1.0, 0.0, 1.0)
     ]
     choose_tokens(logits, rows)

@@ -86,9 +86,7 @@ def test_shared_budget_equals_brute_force(case, spread):
     tables = [
         None
         if rng.random() < 0.2
-        else random_table(
-            rng, rng.randint(1, 3), rng.randint(1, 3), conditional=rng.random() < 0.5, spread=spread
-        )
+        else random_table(rng, rng.randint(1, 3), rng.randint(1, 3), conditional=rng.random() < 0.5, spread=spread)
         for _ in range(num_requests)
     ]
     anchors = [rng.randint(0, 9) for _ in tables]
@@ -139,9 +137,7 @@ def test_budget_below_the_roots_is_refused():
 )
 def test_table_shapes_are_checked(ids, scores):
     with pytest.raises(ValueError, match="shape"):
-        CandidateTable(
-            ids=torch.zeros(ids, dtype=torch.int64), scores=torch.zeros(scores, dtype=torch.int32)
-        )
+        CandidateTable(ids=torch.zeros(ids, dtype=torch.int64), scores=torch.zeros(scores, dtype=torch.int32))
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,7 @@ def check_table(table: CandidateTable, logits, width, sampling, sidecar, scales=
     """Compares one request's table with the slow formulas."""
     depth, vocab = logits.shape
     width = min(width, vocab)
-    slow = [
-        slow_depth(logits[d], d + 1, width, sampling, scales[d] if scales else 1.0) for d in range(depth)
-    ]
+    slow = [slow_depth(logits[d], d + 1, width, sampling, scales[d] if scales else 1.0) for d in range(depth)]
     assert table.ids.dtype == torch.int64
     assert table.scores.dtype == torch.int32
     assert table.ids.tolist() == [ids for ids, _, _ in slow]

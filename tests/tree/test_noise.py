@@ -68,7 +68,9 @@ def test_philox_equals_plain_integers_and_broadcasts():
     keys = torch.randint(0, 2**32, (2, 50), generator=generator)
     words = philox_4x32_10(*counters, *keys)
     for i in range(50):
-        assert tuple(int(w[i]) for w in words) == plain_philox(tuple(counters[:, i].tolist()), tuple(keys[:, i].tolist()))
+        assert tuple(int(w[i]) for w in words) == plain_philox(
+            tuple(counters[:, i].tolist()), tuple(keys[:, i].tolist())
+        )
     outer = philox_4x32_10(counters[0, :3, None], counters[1, None, :5], torch.tensor(0), torch.tensor(0), 7, 9)
     assert torch.broadcast_shapes(*(word.shape for word in outer)) == (3, 5)
     for i, position in enumerate(counters[0, :3].tolist()):
