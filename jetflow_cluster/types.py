@@ -117,7 +117,7 @@ class SamplingParams:
         _check_int("seed", self.seed, 0, MAX_SEED, optional=True)
         _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _check_stops(self.stop, self.stop_token_ids)
+        _check_stops(tuple(self.stop), tuple(self.stop_token_ids))
         _check_float("repetition_penalty", self.repetition_penalty, 0.0, 10.0, low_open=True)
         _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)

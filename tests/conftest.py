@@ -11,6 +11,7 @@ import pytest
 def tiny_target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random fp32 target with a byte-level tokenizer and 512 positions."""
     import torch
+
     from support.small_models import write_target
 
     return write_target(tmp_path_factory.mktemp("tiny_target"), dtype=torch.float32, num_layers=4, max_len=512)

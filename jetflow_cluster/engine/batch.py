@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jetflow_kernels.tree_attention import plan_tree_attention
 
 from jetflow_cluster.engine.protocols import ScheduledRequest, StepPlan
 from jetflow_cluster.models.batch import ForwardBatch
 from jetflow_cluster.tree.draft_tree import DraftTree
+from jetflow_kernels.tree_attention import plan_tree_attention
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jetflow_kernels.tree_attention import plan_tree_attention
 
 from jetflow_cluster.cache.kv_cache import allocate_kv
 from jetflow_cluster.config import MAX_WIDTH
@@ -18,6 +17,7 @@ from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.models.sidecar import SideCar
 from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.coupled import DraftSampling, candidate_tables
+from jetflow_kernels.tree_attention import plan_tree_attention
 
 
 class HeadDrafter:
@@ -116,7 +116,9 @@ class HeadDrafter:
         """Logits ``[R, num_slots - 1, vocab_size]`` of the mask slots."""
         masks = [self.head.config.mask_token_id] * (num_slots - 1)
         ids = [i for request in requests for i in (request.token_ids[-1], *masks)]
-        positions, slots, parents = [], [], []
+        positions: list[int] = []
+        slots: list[int] = []
+        parents: list[int] = []
         for request in requests:
             start = request.draft_len
             positions += range(start, start + num_slots)

@@ -29,7 +29,7 @@ _WARMUP_TEXTS = (
     "def read_lines(path, encoding='utf-8'):\n    with open(path, encoding=encoding) as file:\n        return [",
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        ",
     "The following function returns the number of items in the list. If the list is empty, it returns",
-    "import os\nimport sys\n\n\ndef main(argv=None):\n    if argv is None:\n        argv = sys.argv[1:]\n    for name in",
+    "import os\nimport sys\n\n\ndef main(argv=None):\n    if argv is None:\n        argv = sys.argv[1:]\n    for",
 )
 
 
@@ -44,9 +44,7 @@ class EngineFrontend:
         drafter_factory: DrafterFactory | None,
         tree_builder: TreeBuilder | None,
     ):
-        loaded = load_engine(
-            config, drafter_factory=drafter_factory, tree_builder=tree_builder or build_planned_trees
-        )
+        loaded = load_engine(config, drafter_factory=drafter_factory, tree_builder=tree_builder or build_planned_trees)
         self.config = config
         self.engine: Engine = loaded.engine
         self.tokenizer: Tokenizer | None = loaded.tokenizer
@@ -129,7 +127,9 @@ class EngineFrontend:
         num_known = len(token_ids) + len(params.prior_output_token_ids)
         if num_known >= self.max_model_len:
             raise InvalidRequestError(
-                "prompt", f"{num_known} tokens", f"with prior output at most {self.max_model_len - 1} (max_model_len - 1)"
+                "prompt",
+                f"{num_known} tokens",
+                f"with prior output at most {self.max_model_len - 1} (max_model_len - 1)",
             )
         longest = min(len(token_ids) + params.max_tokens, self.max_model_len)
         pool = self.engine.pool

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from jetflow_kernels.commit_kv import commit_kv
 
 from jetflow_cluster.cache.kv_cache import allocate_kv
 from jetflow_cluster.engine.batch import StepBatch
 from jetflow_cluster.models.registry import TargetModel
+from jetflow_kernels.commit_kv import commit_kv
 
 
 class TargetRunner:

@@ -6,31 +6,27 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from jetflow_kernels.store_kv import store_kv
-from jetflow_kernels.tree_attention import TreeAttentionPlan, tree_attention
 from torch import nn
 
 from jetflow_cluster.layers.linear import Piece, QkvLinear, RowParallelLinear
 from jetflow_cluster.layers.norm import rms_norm
 from jetflow_cluster.layers.rotary import rotate
 from jetflow_cluster.parallel.tp_group import TpGroup
+from jetflow_kernels.store_kv import store_kv
+from jetflow_kernels.tree_attention import TreeAttentionPlan, tree_attention
 
 
 class PagedAttention(nn.Module):
     """Fused QKV, per-head norm of q and k, rotation, store into pages, tree attention, output projection."""
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, tp: TpGroup
-    ):
+    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, tp: TpGroup):
         super().__init__()
         self.qkv = QkvLinear(hidden_size, num_heads, num_kv_heads, head_dim, tp)
         self.o = RowParallelLinear("o_proj", num_heads * head_dim, hidden_size, tp, "num_attention_heads * head_dim")
         self.num_heads, self.num_kv_heads = self.qkv.num_local_heads, self.qkv.num_local_kv_heads
         self.head_dim, self._eps = head_dim, eps
         #: Norm weight of each query head, then of each key head, so that one product serves all.
-        self.qk_norm = nn.Parameter(
-            torch.empty(self.num_heads + self.num_kv_heads, head_dim), requires_grad=False
-        )
+        self.qk_norm = nn.Parameter(torch.empty(self.num_heads + self.num_kv_heads, head_dim), requires_grad=False)
 
     def forward(
         self,

@@ -23,6 +23,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.part.stop - self.part.start, hidden_size), requires_grad=False)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """See the class."""
         if self._tp.size == 1:
             return F.embedding(token_ids, self.weight)
         local = token_ids - self.part.start
@@ -50,6 +51,7 @@ class ParallelLmHead(nn.Module):
         return self._shared[0].weight if self._own is None else self._own.weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See the class."""
         return self._tp.all_gather_last_dim(F.linear(hidden, self.weight))
 
     def pieces(self) -> Iterator[Piece]:

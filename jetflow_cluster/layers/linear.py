@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,12 @@ Piece = tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]
 _ALL = slice(None)
 
 
+def prefixed(prefix: str, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same pieces with longer names."""
+    for name, shape, slices, destination in pieces:
+        yield f"{prefix}.{name}", shape, slices, destination
+
+
 class ReplicatedLinear(nn.Module):
     """``[.., in_size]`` to ``[.., out_size]``, whole on every rank."""
 
@@ -26,6 +32,7 @@ class ReplicatedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_size, in_size), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
         return F.linear(x, self.weight)
 
     def pieces(self) -> Iterator[Piece]:
@@ -34,7 +41,7 @@ class ReplicatedLinear(nn.Module):
 
 
 class MergedColumnLinear(nn.Module):
-    """Several linears of one input as one product; each is split by outputs, so the result is the rank's part of each."""
+    """Several linears of one input as one product; each is split by outputs: the result is the rank's part of each."""
 
     def __init__(self, names: tuple[str, ...], in_size: int, out_sizes: tuple[int, ...], slices: tuple[slice, ...]):
         super().__init__()
@@ -44,6 +51,7 @@ class MergedColumnLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(self.local_sizes), in_size), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
         return F.linear(x, self.weight)
 
     def pieces(self) -> Iterator[Piece]:
@@ -89,6 +97,7 @@ class RowParallelLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_size, width), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
         return self._tp.all_reduce(F.linear(x, self.weight))
 
     def pieces(self) -> Iterator[Piece]:

@@ -29,22 +29,27 @@ def apply_penalties(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
 
 
 def apply_logit_bias(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-    """Adds each row's biases."""
-    biases = [
-        (i * scores.shape[1] + token, bias)
-        for i, row in enumerate(rows)
-        if row.params.logit_bias
-        for token, bias in row.params.logit_bias.items()
-    ]
-    if biases:
-        places = torch.tensor([place for place, _ in biases], device=scores.device)
-        values = torch.tensor([bias for _, bias in biases], dtype=scores.dtype, device=scores.device)
-        scores.view(-1).index_add_(0, places, values)
+    """Adds each row's biases. Raises ValueError for a token outside the vocabulary."""
+    vocab_size = scores.shape[1]
+    places: list[int] = []
+    biases: list[float] = []
+    for i, row in enumerate(rows):
+        for token, bias in row.params.logit_bias.items():
+            if token >= vocab_size:
+                raise ValueError(f"logit_bias names token {token}: the vocabulary has {vocab_size}")
+            places.append(i * vocab_size + token)
+            biases.append(bias)
+    if places:
+        added = torch.tensor(biases, dtype=scores.dtype, device=scores.device)
+        scores.view(-1).index_add_(0, torch.tensor(places, device=scores.device), added)
 
 
 def apply_suppression(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-    """Makes suppressed tokens impossible."""
-    places = [i * scores.shape[1] + token for i, row in enumerate(rows) for token in row.suppressed_ids]
+    """Makes suppressed tokens impossible; those outside the vocabulary are so already."""
+    vocab_size = scores.shape[1]
+    places = [
+        i * vocab_size + token for i, row in enumerate(rows) for token in row.suppressed_ids if token < vocab_size
+    ]
     if places:
         scores.view(-1).index_fill_(0, torch.tensor(places, device=scores.device), -math.inf)
 

@@ -14,7 +14,11 @@ from jetflow_cluster.layers.linear import Piece
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``x / rms(x) * weight`` over the last dim, normalised in fp32 whatever the dtype, as `transformers` does."""
     if x.dtype is torch.float32:
-        return F.rms_norm(x, x.shape[-1:], None, eps) * weight if weight.ndim > 1 else F.rms_norm(x, weight.shape, weight, eps)
+        return (
+            F.rms_norm(x, x.shape[-1:], None, eps) * weight
+            if weight.ndim > 1
+            else F.rms_norm(x, weight.shape, weight, eps)
+        )
     if x.dtype is torch.float64:
         # Written out, so that the rounding is that of `transformers` and the rest of a fp64 model can be compared.
         rounded = x.float()
@@ -32,6 +36,7 @@ class RmsNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
         return rms_norm(x, self.weight, self._eps)
 
     def pieces(self) -> Iterator[Piece]:

@@ -95,9 +95,8 @@ def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], top_n: int) -
     if top_n:
         num_top = min(top_n, logits.shape[1])
         last = logits.topk(num_top).values[:, -1:]
-        ids = (
-            best_mask(logits, torch.full_like(last, num_top, dtype=torch.int64), last).nonzero()[:, 1].view(-1, num_top)
-        )
+        is_top = best_mask(logits, torch.full_like(last, num_top, dtype=torch.int64), last)
+        ids = is_top.nonzero()[:, 1].view(-1, num_top)
         ids = ids.gather(1, logits.gather(1, ids).sort(dim=1, descending=True, stable=True).indices)
         pairs = zip(ids.tolist(), logprobs.gather(1, ids).tolist(), strict=True)
         tops = [tuple(zip(row_ids, values, strict=True)) for row_ids, values in pairs]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jetflow_cluster.layers.linear import Piece, ReplicatedLinear
+from jetflow_cluster.layers.linear import Piece, ReplicatedLinear, prefixed
 from jetflow_cluster.layers.norm import RmsNorm
 from jetflow_cluster.layers.rotary import Rotary
 from jetflow_cluster.models.batch import ForwardBatch
@@ -51,7 +51,9 @@ class DraftHeadConfig(TransformerConfig):
         flags = {key: bool(special[key]) for key in ("causal_head", "causal") if key in special}
         if len(set(flags.values())) != 1:
             state = "contradict each other" if flags else "are both missing"
-            raise ValueError(f"{path}: dflash_config.causal_head and dflash_config.causal {state}; set one to true or false")
+            raise ValueError(
+                f"{path}: dflash_config.causal_head and dflash_config.causal {state}; set one to true or false"
+            )
         fields = transformer_fields(raw, folder)
         target_hidden = special.get("target_hidden_size")
         if target_hidden not in (None, fields["hidden_size"]):
@@ -118,14 +120,15 @@ class DraftHead(nn.Module):
         hidden = config.hidden_size
         self.fc = ReplicatedLinear("fc", len(config.target_layer_ids) * hidden, hidden)
         self.hidden_norm = RmsNorm("hidden_norm", hidden, config.rms_norm_eps)
-        self.layers = nn.ModuleList(Qwen3Layer(config, tp) for _ in range(config.num_layers))
+        self._stack = [Qwen3Layer(config, tp) for _ in range(config.num_layers)]
+        self.layers = nn.ModuleList(self._stack)
         self.norm = RmsNorm("norm", hidden, config.rms_norm_eps)
         self._rotary = Rotary(config.rope, config.head_dim, device)
 
     @property
     def num_local_kv_heads(self) -> int:
         """KV heads of this rank."""
-        return int(self.layers[0].attention.num_kv_heads)
+        return self._stack[0].attention.num_kv_heads
 
     def fuse(self, taps: torch.Tensor) -> torch.Tensor:
         """Taps ``[N, num_taps * hidden_size]`` to fused hidden vectors ``[N, hidden_size]``."""
@@ -143,7 +146,7 @@ class DraftHead(nn.Module):
             kv: ``[num_layers, 2, num_pages, page_size, num_local_kv_heads, head_dim]``.
         """
         cos, sin = self._rotary.angles(positions, fused.dtype)
-        for layer, layer_kv in zip(self.layers, kv.unbind(0), strict=True):
+        for layer, layer_kv in zip(self._stack, kv.unbind(0), strict=True):
             layer.attention.store_context(fused, cos, sin, slot_mapping, layer_kv)
 
     def forward(self, embeds: torch.Tensor, batch: ForwardBatch, kv: torch.Tensor) -> torch.Tensor:
@@ -153,7 +156,7 @@ class DraftHead(nn.Module):
         """
         cos, sin = self._rotary.angles(batch.positions, embeds.dtype)
         x = embeds
-        for layer, layer_kv in zip(self.layers, kv.unbind(0), strict=True):
+        for layer, layer_kv in zip(self._stack, kv.unbind(0), strict=True):
             x = layer(x, cos, sin, batch, layer_kv)
         return self.norm(x)
 
@@ -162,14 +165,11 @@ class DraftHead(nn.Module):
         yield from self.fc.pieces()
         yield from self.hidden_norm.pieces()
         yield from self.norm.pieces()
-        for i, layer in enumerate(self.layers):
-            for name, *rest in layer.pieces():
-                yield f"layers.{i}.{name}", *rest
+        for i, layer in enumerate(self._stack):
+            yield from prefixed(f"layers.{i}", layer.pieces())
 
 
-def head_config_json(
-    config: DraftHeadConfig, *, architecture: str = "DFlashDraftModel"
-) -> dict[str, Any]:
+def head_config_json(config: DraftHeadConfig, *, architecture: str = "DFlashDraftModel") -> dict[str, Any]:
     """The published ``config.json`` of a head; both names of the causal flag are written."""
     rope = {"rope_type": "default", "rope_theta": config.rope.theta}
     if config.rope.rope_type == "yarn":

@@ -43,9 +43,7 @@ def resolve_checkpoint(path_or_id: str | Path) -> Path:
         raise FileNotFoundError(f"{name}: no such folder, and fetching it failed: {error}") from error
 
 
-def load_target(
-    folder: Path, *, dtype: torch.dtype | None, device: torch.device, tp: TpGroup
-) -> TargetModel:
+def load_target(folder: Path, *, dtype: torch.dtype | None, device: torch.device, tp: TpGroup) -> TargetModel:
     """Loads this rank's part of a target.
 
     Args:
@@ -120,15 +118,15 @@ def save_draft_head(folder: Path, config: DraftHeadConfig, state: dict[str, torc
 
     with torch.device("meta"):
         head = DraftHead(config, TpGroup.single(), torch.device("cpu"))
-    _check_names({name: shape for name, shape, *_ in head.pieces()}, {n: tuple(t.shape) for n, t in state.items()}, folder)
+    _check_names(
+        {name: shape for name, shape, *_ in head.pieces()}, {n: tuple(t.shape) for n, t in state.items()}, folder
+    )
     folder.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(head_config_json(config), indent=1))
 
 
-def _filled(
-    model: Any, folder: Path, dtype: torch.dtype, device: torch.device, ignored: tuple[str, ...]
-) -> Any:
+def _filled(model: Any, folder: Path, dtype: torch.dtype, device: torch.device, ignored: tuple[str, ...]) -> Any:
     model.to(dtype).to_empty(device=device)
     pieces = list(model.pieces())
     with ExitStack() as stack:
@@ -164,9 +162,7 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     yield single
 
 
-def _check_names(
-    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], folder: Path
-) -> None:
+def _check_names(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], folder: Path) -> None:
     problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
     problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
     problems += [

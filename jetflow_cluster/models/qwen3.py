@@ -10,7 +10,7 @@ from torch import nn
 
 from jetflow_cluster.layers.attention import PagedAttention
 from jetflow_cluster.layers.embedding import ParallelLmHead, VocabParallelEmbedding
-from jetflow_cluster.layers.linear import GateUpLinear, Piece, RowParallelLinear
+from jetflow_cluster.layers.linear import GateUpLinear, Piece, RowParallelLinear, prefixed
 from jetflow_cluster.layers.norm import RmsNorm
 from jetflow_cluster.layers.rotary import Rotary
 from jetflow_cluster.models.batch import ForwardBatch
@@ -27,6 +27,7 @@ class Mlp(nn.Module):
         self.down = RowParallelLinear("down_proj", intermediate_size, hidden_size, tp, "intermediate_size")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, hidden_size]`` to the same."""
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate).mul_(up))
 
@@ -58,9 +59,8 @@ class Qwen3Layer(nn.Module):
         """What to read from a checkpoint."""
         yield from self.input_norm.pieces()
         yield from self.mlp_norm.pieces()
-        for prefix, part in (("self_attn", self.attention), ("mlp", self.mlp)):
-            for name, *rest in part.pieces():
-                yield f"{prefix}.{name}", *rest
+        yield from prefixed("self_attn", self.attention.pieces())
+        yield from prefixed("mlp", self.mlp.pieces())
 
 
 class Qwen3Model(nn.Module):
@@ -70,7 +70,8 @@ class Qwen3Model(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = VocabParallelEmbedding("model.embed_tokens", config.vocab_size, config.hidden_size, tp)
-        self.layers = nn.ModuleList(Qwen3Layer(config, tp) for _ in range(config.num_layers))
+        self._stack = [Qwen3Layer(config, tp) for _ in range(config.num_layers)]
+        self.layers = nn.ModuleList(self._stack)
         self.norm = RmsNorm("model.norm", config.hidden_size, config.rms_norm_eps)
         self.lm_head = ParallelLmHead(
             self.embedding, config.tie_word_embeddings, config.vocab_size, config.hidden_size, tp
@@ -80,7 +81,7 @@ class Qwen3Model(nn.Module):
     @property
     def num_local_kv_heads(self) -> int:
         """KV heads of this rank."""
-        return int(self.layers[0].attention.num_kv_heads)
+        return self._stack[0].attention.num_kv_heads
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,7 +95,8 @@ class Qwen3Model(nn.Module):
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 ids ``[N]`` to ``[N, hidden_size]``."""
-        return self.embedding(token_ids)
+        rows: torch.Tensor = self.embedding(token_ids)
+        return rows
 
     def forward(
         self, batch: ForwardBatch, kv: torch.Tensor, tap_layer_ids: tuple[int, ...] = ()
@@ -112,7 +114,7 @@ class Qwen3Model(nn.Module):
         x = self.embedding(batch.token_ids)
         cos, sin = self._rotary.angles(batch.positions, x.dtype)
         taps = []
-        for i, (layer, layer_kv) in enumerate(zip(self.layers, kv.unbind(0), strict=True)):
+        for i, (layer, layer_kv) in enumerate(zip(self._stack, kv.unbind(0), strict=True)):
             x = layer(x, cos, sin, batch, layer_kv)
             if i in tap_layer_ids:
                 taps.append(x)
@@ -120,13 +122,13 @@ class Qwen3Model(nn.Module):
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[M, hidden_size]`` to ``[M, vocab_size]``, whole on every rank."""
-        return self.lm_head(hidden)
+        logits: torch.Tensor = self.lm_head(hidden)
+        return logits
 
     def pieces(self) -> Iterator[Piece]:
         """What to read from a checkpoint."""
         yield from self.embedding.pieces()
         yield from self.norm.pieces()
         yield from self.lm_head.pieces()
-        for i, layer in enumerate(self.layers):
-            for name, *rest in layer.pieces():
-                yield f"model.layers.{i}.{name}", *rest
+        for i, layer in enumerate(self._stack):
+            yield from prefixed(f"model.layers.{i}", layer.pieces())

@@ -34,9 +34,7 @@ DUPLICATE_SIMILARITY = 0.7
 
 _DOCUMENTATION_PACKAGE = "python3.11-doc"
 #: Identifiers with one leading sign, digits one by one, indentation as one piece, newlines apart.
-_PIECES = (
-    r"(?:\r?\n)+|[ \t]{2,}(?=\S)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
-)
+_PIECES = r"(?:\r?\n)+|[ \t]{2,}(?=\S)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +192,5 @@ def build(output: Path, documentation_dir: Path | None = None) -> dict[str, obje
 
 def function_headers(text: str) -> list[int]:
     """Character offsets just behind each ``def`` line that has a body of four lines or more."""
-    offsets = []
-    for match in re.finditer(r"^[ ]*def [^\n]*:\n(?=(?:[ ]+[^\n]*\n|\n){4})", text, re.MULTILINE):
-        offsets.append(match.end())
-    return offsets
+    header_and_body = r"^[ ]*def [^\n]*:\n(?=(?:[ ]+[^\n]*\n|\n){4})"
+    return [match.end() for match in re.finditer(header_and_body, text, re.MULTILINE)]

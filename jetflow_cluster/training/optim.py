@@ -63,7 +63,8 @@ class Optimizer:
     ):
         if kind not in ("muon", "adamw"):
             raise ValueError(f"optimizer must be 'muon' or 'adamw', not {kind!r}")
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in named:
             is_matrix = parameter.ndim == 2 and not any(n in name for n in not_matrices)
             (matrices if is_matrix else others).append(parameter)

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ class _Windows:
         return torch.from_numpy(out)
 
 
-def build_model(config: PretrainConfig) -> torch.nn.Module:
+def build_model(config: PretrainConfig) -> Any:
     """A randomly initialised `Qwen3ForCausalLM` in fp32."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -98,7 +99,7 @@ def build_model(config: PretrainConfig) -> torch.nn.Module:
     )
 
 
-def _token_loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def _token_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.autocast(ids.device.type, dtype=torch.bfloat16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         logits = F.linear(hidden, model.lm_head.weight)
@@ -106,7 +107,7 @@ def _token_loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def bits_per_byte(model: torch.nn.Module, corpus_dir: Path, split: str, source: str, max_tokens: int = 10**9) -> float:
+def bits_per_byte(model: Any, corpus_dir: Path, split: str, source: str, max_tokens: int = 10**9) -> float:
     """Mean bits per byte of UTF-8 text over one part, in windows of 512 tokens with half overlap.
 
     Every token but the first is scored once, with 256 to 511 tokens of context where the part has them.
@@ -185,7 +186,7 @@ def pretrain(config: PretrainConfig, *, device: str = "cpu", state_every_s: floa
     return _save_checkpoint(config, model, progress)
 
 
-def _save_state(path: Path, model: torch.nn.Module, optimizer: Optimizer, step: int, progress: Progress) -> None:
+def _save_state(path: Path, model: Any, optimizer: Optimizer, step: int, progress: Progress) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     state |= {"tokens": progress.tokens, "spent_s": progress.seconds()}
     scratch = path.with_suffix(".new")
@@ -193,7 +194,7 @@ def _save_state(path: Path, model: torch.nn.Module, optimizer: Optimizer, step: 
     scratch.replace(path)
 
 
-def _save_checkpoint(config: PretrainConfig, model: torch.nn.Module, progress: Progress) -> Path:
+def _save_checkpoint(config: PretrainConfig, model: Any, progress: Progress) -> Path:
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
     with torch.no_grad():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from support.small_models import EOS_ID, VOCAB_SIZE
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
 from jetflow_cluster.types import FinishReason, InvalidRequestError
+from support.small_models import EOS_ID, VOCAB_SIZE
 
 FORCE = SpeculationOptions(mode="force", max_tree_nodes=32)
 OFF = SpeculationOptions(mode="off")

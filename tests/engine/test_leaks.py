@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
-from support.adversaries import Adversary, NoDrafter
-from support.small_models import VOCAB_SIZE
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
 from jetflow_cluster.types import FinishReason
+from support.adversaries import Adversary, NoDrafter
+from support.small_models import VOCAB_SIZE
 
 
 class _Fault(Exception):
@@ -54,7 +54,9 @@ def test_a_thousand_requests_leak_nothing(tiny_target: str, tiny_head: str, sour
             temperature=rng.choice([0.0, 1.0]),
             seed=i,
             stop=rng.choice([(), ("a",), ("e", "xy")]),
-            speculation=SpeculationOptions(mode=rng.choice(["auto", "off", "force"]), max_tree_nodes=rng.choice([None, 2, 9])),
+            speculation=SpeculationOptions(
+                mode=rng.choice(["auto", "off", "force"]), max_tree_nodes=rng.choice([None, 2, 9])
+            ),
         )
         requests.append(llm.frontend.make_request(f"r{i}", prompt, params))
     waiting = list(requests)

@@ -15,9 +15,7 @@ PROMPT = [(3 * i) % 250 for i in range(50)]
 )
 def test_cached_tokens(tiny_target: str, tiny_head: str, mode: str, length: int, cached: int) -> None:
     llm = LLM(tiny_target, tiny_head, dtype="float64", num_pages=64, page_size=8, tree_nodes={1: 8})
-    params = SamplingParams(
-        temperature=0.0, max_tokens=12, ignore_eos=True, speculation=SpeculationOptions(mode=mode)
-    )
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, speculation=SpeculationOptions(mode=mode))
     (first,) = llm.generate(PROMPT[:length], params)
     (second,) = llm.generate(PROMPT[:length], params)
     assert first.usage.cached_tokens == 0
@@ -28,7 +26,9 @@ def test_cached_tokens(tiny_target: str, tiny_head: str, mode: str, length: int,
 def test_pages_without_draft_context_are_recomputed_for_speculation(tiny_target: str, tiny_head: str) -> None:
     llm = LLM(tiny_target, tiny_head, dtype="float64", num_pages=64, page_size=8, tree_nodes={1: 8})
     off = SamplingParams(temperature=0.0, max_tokens=4, speculation=SpeculationOptions(mode="off"))
-    force = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, speculation=SpeculationOptions(mode="force"))
+    force = SamplingParams(
+        temperature=0.0, max_tokens=12, ignore_eos=True, speculation=SpeculationOptions(mode="force")
+    )
     llm.generate(PROMPT, off)
     (cold,) = llm.generate(PROMPT, force)
     (warm,) = llm.generate(PROMPT, force)

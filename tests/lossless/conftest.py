@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support.oracle import Oracle
 from support.small_models import EOS_ID, write_head, write_target
 

@@ -53,7 +53,9 @@ class _Fp64:
         return logits / params.temperature + gumbel_noise(output.seed, positions, torch.arange(logits.shape[1])[None])
 
 
-def _generate(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, mode: str, max_tokens: int) -> list[RequestOutput]:
+def _generate(
+    llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, mode: str, max_tokens: int
+) -> list[RequestOutput]:
     nodes = {"off": None, "auto": None, "force": 32}[mode]
     options = SpeculationOptions(mode=mode, max_tree_nodes=nodes)
     several = [

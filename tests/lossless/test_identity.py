@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from allpairspy import AllPairs
-from support.adversaries import Adversary, NoDrafter
-from support.oracle import Oracle
-from support.small_models import EOS_ID, VOCAB_SIZE
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.types import RequestOutput
+from support.adversaries import Adversary, NoDrafter
+from support.oracle import Oracle
+from support.small_models import EOS_ID, VOCAB_SIZE
 
 FACTORS: dict[str, list[Any]] = {
     "batch": [1, 3, 8, 32],

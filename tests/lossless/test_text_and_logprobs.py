@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from support.oracle import Oracle
-from support.small_models import EOS_ID
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
 from jetflow_cluster.types import FinishReason, RequestOutput
+from support.oracle import Oracle
+from support.small_models import EOS_ID
 
 PROMPTS = [[72, 105, 33], [65] * 40, [100, 101, 102, 32, 120, 40, 41, 58, 10] * 8]
 
@@ -31,13 +31,22 @@ def test_stop_strings(llm: LLM, temperature: float) -> None:
         assert output.text == llm.tokenizer.decode(output.token_ids)
     # A stop string taken from the middle of one text, across two tokens.
     text = whole[0].text
-    stop = next(text[i : i + 2] for i in range(10, len(text) - 2) if text.find(text[i : i + 2]) == i and "\ufffd" not in text[i : i + 2])
+    stop = next(
+        text[i : i + 2]
+        for i in range(10, len(text) - 2)
+        if text.find(text[i : i + 2]) == i and "\ufffd" not in text[i : i + 2]
+    )
     plain = _run(llm, "off", temperature=temperature, ignore_eos=True, stop=[stop, "never there"])
     trees = _run(llm, "force", temperature=temperature, ignore_eos=True, stop=[stop, "never there"])
     assert plain[0].text == text[: text.index(stop)]
     assert (plain[0].finish_reason, plain[0].matched_stop) == (FinishReason.STOP, stop)
     for a, b in zip(plain, trees, strict=True):
-        assert (a.text, a.token_ids, a.finish_reason, a.matched_stop) == (b.text, b.token_ids, b.finish_reason, b.matched_stop)
+        assert (a.text, a.token_ids, a.finish_reason, a.matched_stop) == (
+            b.text,
+            b.token_ids,
+            b.finish_reason,
+            b.matched_stop,
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])

@@ -114,10 +114,10 @@ def write_head(
         }
     save_file(state, folder / "model.safetensors")
     if sidecar:
-        from jetflow_cluster.models.sidecar import SideCar, SideCarConfig, fingerprint, save_sidecar
-
         # The loader compares in the dtype of the checkpoint, so the fingerprint is that of the stored embedding.
         from safetensors import safe_open
+
+        from jetflow_cluster.models.sidecar import SideCar, SideCarConfig, fingerprint, save_sidecar
 
         with safe_open(target / "model.safetensors", framework="pt") as file:
             embedding = file.get_tensor("model.embed_tokens.weight")
