@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jetflow_cluster import __version__
+from jetflow_cluster import __version__, cli_training
 from jetflow_cluster import cli_options as opt
 from jetflow_cluster.console import Commands, apply_environment, stderr, stdout
 from jetflow_cluster.env import read_environment
@@ -291,3 +291,7 @@ def doctor(as_json: opt.AsJson = False) -> None:
         typer.echo(json.dumps(report))
     else:
         print_report(report, stdout)
+
+
+app.command(epilog=cli_training.DISTILL_EXAMPLES)(cli_training.distill)
+app.command(epilog=cli_training.EVALUATE_EXAMPLES)(cli_training.evaluate_head)

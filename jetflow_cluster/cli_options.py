@@ -114,3 +114,15 @@ def read_numbers(name: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise ValueError(f"{name} = {text!r}: must be whole numbers divided by commas") from None
+
+
+def read_floats(name: str, text: str) -> tuple[float, ...]:
+    """Numbers divided by commas.
+
+    Raises:
+        ValueError: they are not.
+    """
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"{name} = {text!r}: must be numbers divided by commas") from None

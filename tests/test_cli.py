@@ -42,6 +42,8 @@ def model(tiny_target_dir: Path, tiny_head_dir: Path) -> list[str]:
         pytest.param(["trace"], ["--max-tree-nodes", "Example"], id="trace"),
         pytest.param(["demo"], ["--num-prompts", "Example"], id="demo"),
         pytest.param(["doctor"], ["--json"], id="doctor"),
+        pytest.param(["distill"], ["--sidecar", "--accept-until-fail", "Examples"], id="distill"),
+        pytest.param(["evaluate-head"], ["--budgets", "8,16,32,64,128,256", "Examples"], id="evaluate-head"),
     ],
 )
 def test_help_teaches(command: list[str], words: list[str]) -> None:
@@ -93,6 +95,8 @@ def test_usage_errors_exit_with_2(arguments: list[str], message: str) -> None:
         pytest.param(["generate", "x", "--file", "-", "--model", "y"], None, "not both", id="request"),
         pytest.param(["doctor"], {"JETFLOW_LOG_LEVEL": "loud"}, "JETFLOW_LOG_LEVEL", id="environment"),
         pytest.param(["generate", "--file", "no/such/file"], None, "no/such/file", id="no-such-file"),
+        pytest.param(["distill", "x", "-o", "y", "--model", "/no/such"], None, "/no/such", id="no-such-target"),
+        pytest.param(["evaluate-head", "-o", "y", "--temperatures", "hot"], None, "temperatures", id="temperatures"),
         pytest.param(["bench", "offline", "--output", "x", "--dtype", "int3"], None, "int3", id="dtype"),
         pytest.param(["bench", "offline", "--output", "x", "--batch-sizes", "a"], None, "batch_sizes", id="numbers"),
         pytest.param(["bench", "offline", "--output", "x", "--budgets", "1"], None, "at least 2", id="budgets"),
@@ -191,3 +195,58 @@ def test_demo_proves_outputs_identical(model: list[str], tmp_path: Path) -> None
     assert "outputs identical" in result.stdout
     for name in ("demo.png", "trees.html"):
         assert (tmp_path / "demo" / name).stat().st_size > 1000
+
+
+def test_distill_passes_on_what_was_given_and_no_more(
+    tiny_target_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jetflow_cluster.training import distill as training
+
+    seen: list[Any] = []
+    monkeypatch.setattr(training, "distill", lambda config, device: seen.append((config, device)) or tmp_path)
+    given = ["--gamma", "0", "--taps", "0,2", "--minutes", "3", "--bidirectional", "--device", "cpu"]
+    result = invoke("distill", "text.txt", "-o", str(tmp_path), "--model", str(tiny_target_dir), *given)
+    assert result.exit_code == 0, result.output
+    wanted = training.DistillConfig(
+        target=tiny_target_dir,
+        source=Path("text.txt"),
+        output_dir=tmp_path,
+        gamma=None,
+        target_layer_ids=(0, 2),
+        max_minutes=3.0,
+        causal=False,
+    )
+    assert seen == [(wanted, "cpu")]
+
+
+def test_distill_of_a_sidecar_takes_the_head_s_taps(
+    tiny_target_dir: Path, tiny_head_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jetflow_cluster.training import sidecar_training
+
+    seen: list[Any] = []
+    monkeypatch.setattr(sidecar_training, "train_sidecar", lambda config, device: seen.append(config) or tmp_path)
+    model = ["--model", str(tiny_target_dir), "--draft-head", str(tiny_head_dir)]
+    result = invoke("distill", "text.txt", "-o", str(tmp_path), "--sidecar", "--rank", "8", *model)
+    assert result.exit_code == 0, result.output
+    (config,) = seen
+    head = json.loads((tiny_head_dir / "config.json").read_text())
+    assert list(config.distill.target_layer_ids) == head["dflash_config"]["target_layer_ids"]
+    assert (config.rank, config.head) == (8, tiny_head_dir)
+
+
+def test_evaluate_head_passes_on_what_was_given(
+    tiny_target_dir: Path, tiny_head_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jetflow_cluster.training import evaluate as training
+
+    seen: list[Any] = []
+    monkeypatch.setattr(training, "evaluate", seen.append)
+    model = ["--model", str(tiny_target_dir), "--draft-head", str(tiny_head_dir)]
+    given = ["--budgets", "8,16", "--temperatures", "0", "--prompts", "p.json"]
+    result = invoke("evaluate-head", "-o", str(tmp_path), *model, *given)
+    assert result.exit_code == 0, result.output
+    (config,) = seen
+    assert (config.target, config.head) == (tiny_target_dir, tiny_head_dir)
+    assert (config.budgets, config.temperatures, config.prompts) == ((8, 16), (0.0,), Path("p.json"))
+    assert invoke("evaluate-head", "-o", str(tmp_path), *model[:2]).exit_code == 1

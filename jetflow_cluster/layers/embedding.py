@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from jetflow_cluster.layers.inference_module import InferenceModule
 from jetflow_cluster.layers.linear import Piece
 from jetflow_cluster.parallel.shard import even_slice
 from jetflow_cluster.parallel.tp_group import TpGroup
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(InferenceModule):
     """int64 ids ``[N]`` to ``[N, hidden_size]``."""
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, tp: TpGroup):
@@ -36,7 +37,7 @@ class VocabParallelEmbedding(nn.Module):
         yield f"{self._name}.weight", self._shape, (self.part, slice(None)), self.weight
 
 
-class ParallelLmHead(nn.Module):
+class ParallelLmHead(InferenceModule):
     """``[M, hidden_size]`` to logits ``[M, vocab_size]``, gathered; shares the embedding's weight when tied."""
 
     def __init__(self, embedding: VocabParallelEmbedding, tied: bool, vocab_size: int, hidden_size: int, tp: TpGroup):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from jetflow_cluster.layers.inference_module import InferenceModule
 from jetflow_cluster.parallel.shard import even_slice, kv_head_slice
 from jetflow_cluster.parallel.tp_group import TpGroup
 
@@ -23,7 +24,7 @@ def prefixed(prefix: str, pieces: Iterable[Piece]) -> Iterator[Piece]:
         yield f"{prefix}.{name}", shape, slices, destination
 
 
-class ReplicatedLinear(nn.Module):
+class ReplicatedLinear(InferenceModule):
     """``[.., in_size]`` to ``[.., out_size]``, whole on every rank."""
 
     def __init__(self, name: str, in_size: int, out_size: int):
@@ -40,7 +41,7 @@ class ReplicatedLinear(nn.Module):
         yield f"{self._name}.weight", self._shape, (_ALL, _ALL), self.weight
 
 
-class MergedColumnLinear(nn.Module):
+class MergedColumnLinear(InferenceModule):
     """Several linears of one input as one product; each is split by outputs: the result is the rank's part of each."""
 
     def __init__(self, names: tuple[str, ...], in_size: int, out_sizes: tuple[int, ...], slices: tuple[slice, ...]):
@@ -86,7 +87,7 @@ class QkvLinear(MergedColumnLinear):
         return self.weight[self.local_sizes[0] :]
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(InferenceModule):
     """``[.., in_size / size]`` to ``[.., out_size]``: split by inputs, summed over the ranks."""
 
     def __init__(self, name: str, in_size: int, out_size: int, tp: TpGroup, what: str):

@@ -20,32 +20,55 @@ class RopeConfig:
     factor: float = 1.0
     #: YaRN: context length before stretching.
     original_max_position_embeddings: int = 0
-    #: YaRN: rotations above which a frequency is kept, and below which it is fully stretched.
+    #: YaRN: with this many rotations over the original context a frequency is kept as it is.
     beta_fast: float = 32.0
+    #: YaRN: with this few it is stretched in full.
     beta_slow: float = 1.0
     #: YaRN: multiplier of cos and sin; None derives it from the factor.
     attention_factor: float | None = None
+    #: YaRN: round the borders between kept and stretched frequencies outwards to whole dimensions.
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("default", "yarn"):
+            raise ValueError(f"rope_type = {self.rope_type!r}: supported are 'default' and 'yarn'")
+        if self.rope_type == "yarn" and self.original_max_position_embeddings < 1:
+            length = self.original_max_position_embeddings
+            raise ValueError(f"original_max_position_embeddings = {length}: must be at least 1")
+
+
+def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
+    """Multiplier of cos and sin where a configuration gives none."""
+    if factor <= 1:
+        return 1.0
+    if mscale and mscale_all_dim:
+        return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * mscale_all_dim * math.log(factor) + 1.0)
+    return 0.1 * math.log(factor) + 1.0
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int, device: torch.device) -> tuple[torch.Tensor, float]:
-    """fp32 ``[head_dim / 2]`` and the multiplier of cos and sin."""
+    """fp32 ``[head_dim / 2]`` and the multiplier of cos and sin, rounded as `transformers` rounds them."""
     steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    plain = 1.0 / (config.theta**steps)
+    wavelengths = config.theta**steps
     if config.rope_type == "default":
-        return plain, 1.0
+        return 1.0 / wavelengths, 1.0
     attention = config.attention_factor
     if attention is None:
-        attention = 0.1 * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0
+        attention = yarn_attention_factor(config.factor)
 
     def dim_of(rotations: float) -> float:
         length = config.original_max_position_embeddings
-        return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
+        return (head_dim * math.log(length / (rotations * 2 * math.pi))) / (2 * math.log(config.theta))
 
-    low = max(math.floor(dim_of(config.beta_fast)), 0)
-    high = min(math.ceil(dim_of(config.beta_slow)), head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / max(high - low, 0.001)
-    stretched = ramp.clamp(0, 1)
-    return plain / config.factor * stretched + plain * (1 - stretched), attention
+    low, high = dim_of(config.beta_fast), dim_of(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)
+    kept = 1 - ramp.clamp(0, 1)
+    return 1.0 / (config.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept, attention
 
 
 class Rotary:
@@ -55,10 +78,15 @@ class Rotary:
         self._frequencies, self._scale = inverse_frequencies(config, head_dim, device)
 
     def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each ``[T, 1, head_dim]``, of int64 positions ``[T]``; angles are computed in fp32."""
+        """cos and sin, each ``[T, 1, head_dim]``, of int64 positions ``[T]``.
+
+        They are computed in fp32 whatever the dtype, as `transformers` does. The first half of sin is negative, so
+        that one roll serves both halves of `rotate`.
+        """
         angles = positions[:, None].to(torch.float32) * self._frequencies
-        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
-        # The first half is rotated by minus sine, so that one roll serves both halves.
+        cos, sin = angles.cos(), angles.sin()
+        if self._scale != 1.0:
+            cos, sin = cos * self._scale, sin * self._scale
         return (
             torch.cat((cos, cos), -1)[:, None].to(dtype),
             torch.cat((-sin, sin), -1)[:, None].to(dtype),
@@ -67,4 +95,4 @@ class Rotary:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates heads ``[T, H, head_dim]`` by `Rotary.angles`."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)

@@ -21,3 +21,9 @@ class ForwardBatch:
     slot_mapping: torch.Tensor
     #: Who sees whom.
     attention: TreeAttentionPlan
+
+
+def layer_pages(kv: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """K and V pages of each layer: views of ``[num_layers, 2, num_pages, page_size, num_kv_heads, head_dim]``."""
+    views = kv.view(-1, *kv.shape[2:]).unbind(0)
+    return list(zip(views[::2], views[1::2], strict=True))

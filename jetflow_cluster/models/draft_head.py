@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from jetflow_cluster.layers.inference_module import InferenceModule
 from jetflow_cluster.layers.linear import Piece, ReplicatedLinear, prefixed
 from jetflow_cluster.layers.norm import RmsNorm
 from jetflow_cluster.layers.rotary import Rotary
-from jetflow_cluster.models.batch import ForwardBatch
+from jetflow_cluster.models.batch import ForwardBatch, layer_pages
 from jetflow_cluster.models.config import TargetConfig, TransformerConfig, read_json, transformer_fields
 from jetflow_cluster.models.qwen3 import Qwen3Layer
 from jetflow_cluster.parallel.tp_group import TpGroup
@@ -34,6 +35,13 @@ class DraftHeadConfig(TransformerConfig):
     #: True when a slot sees the slots before it only; false is a bidirectional DFlash head.
     causal: bool
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size < 2:
+            raise ValueError(f"block_size = {self.block_size}: must be at least 2")
+        if not self.target_layer_ids:
+            raise ValueError("target_layer_ids is empty: a head reads at least one layer of its target")
+
     @classmethod
     def from_dir(cls, folder: Path) -> DraftHeadConfig:
         """Reads ``config.json``.
@@ -48,11 +56,9 @@ class DraftHeadConfig(TransformerConfig):
         special = raw.get("dflash_config")
         if not isinstance(special, dict):
             raise ValueError(f"{path}: dflash_config is missing; this is no DFlash or JetSpec draft head")
-        flags = {key: bool(special[key]) for key in ("causal_head", "causal") if key in special}
-        if len(set(flags.values())) != 1:
-            state = "contradict each other" if flags else "are both missing"
+        if raw.get("model_type", "qwen3") != "qwen3":
             raise ValueError(
-                f"{path}: dflash_config.causal_head and dflash_config.causal {state}; set one to true or false"
+                f"{path}: model_type = {raw['model_type']!r}: draft heads of model_type 'qwen3' are supported"
             )
         fields = transformer_fields(raw, folder)
         target_hidden = special.get("target_hidden_size")
@@ -64,10 +70,8 @@ class DraftHeadConfig(TransformerConfig):
         for key, source in (("block_size", raw), ("num_target_layers", raw), ("mask_token_id", special)):
             if source.get(key) is None:
                 raise ValueError(f"{path}: {key} is missing")
-        if raw["block_size"] < 2:
-            raise ValueError(f"{path}: block_size = {raw['block_size']}: must be at least 2")
         taps = special.get("target_layer_ids")
-        if not taps:
+        if taps is None:
             taps = default_taps(int(raw["num_target_layers"]), fields["num_layers"])
         return cls(
             **fields,
@@ -75,7 +79,7 @@ class DraftHeadConfig(TransformerConfig):
             num_target_layers=int(raw["num_target_layers"]),
             target_layer_ids=tuple(int(i) for i in taps),
             mask_token_id=int(special["mask_token_id"]),
-            causal=next(iter(flags.values())),
+            causal=_causal_flag(special, path),
         )
 
     def check_fits(self, target: TargetConfig) -> None:
@@ -100,6 +104,20 @@ class DraftHeadConfig(TransformerConfig):
             )
 
 
+def _causal_flag(special: Mapping[str, Any], path: Path) -> bool:
+    """JetSpec writes ``causal_head``, other tools write ``causal``."""
+    names = ("causal_head", "causal")
+    flags = [special[name] for name in names if special.get(name) is not None]
+    if not flags or flags[0] != flags[-1]:
+        state = "contradict each other" if flags else "are both missing"
+        raise ValueError(
+            f"{path}: dflash_config.causal_head and dflash_config.causal {state}; set one to true or false"
+        )
+    if not isinstance(flags[0], bool):
+        raise ValueError(f"{path}: dflash_config.causal_head = {flags[0]!r}: must be true or false")
+    return flags[0]
+
+
 def default_taps(num_target_layers: int, num_taps: int) -> list[int]:
     """Taps of a head that names none: evenly from layer 1 to the third from the end; a single one in the middle."""
     if num_taps == 1:
@@ -107,7 +125,7 @@ def default_taps(num_target_layers: int, num_taps: int) -> list[int]:
     return [round(1 + i * (num_target_layers - 4) / (num_taps - 1)) for i in range(num_taps)]
 
 
-class DraftHead(nn.Module):
+class DraftHead(InferenceModule):
     """One rank's part of a draft head. Embedding and output layer are the target's.
 
     A slot's context K and V depend on the token's fused hidden vector and position alone, so they are written to
@@ -132,7 +150,8 @@ class DraftHead(nn.Module):
 
     def fuse(self, taps: torch.Tensor) -> torch.Tensor:
         """Taps ``[N, num_taps * hidden_size]`` to fused hidden vectors ``[N, hidden_size]``."""
-        return self.hidden_norm(self.fc(taps))
+        fused: torch.Tensor = self.hidden_norm(self.fc(taps))
+        return fused
 
     def project_context(
         self, fused: torch.Tensor, positions: torch.Tensor, slot_mapping: torch.Tensor, kv: torch.Tensor
@@ -146,8 +165,8 @@ class DraftHead(nn.Module):
             kv: ``[num_layers, 2, num_pages, page_size, num_local_kv_heads, head_dim]``.
         """
         cos, sin = self._rotary.angles(positions, fused.dtype)
-        for layer, layer_kv in zip(self._stack, kv.unbind(0), strict=True):
-            layer.attention.store_context(fused, cos, sin, slot_mapping, layer_kv)
+        for layer, (k_pages, v_pages) in zip(self._stack, layer_pages(kv), strict=True):
+            layer.attention.store_context(fused, cos, sin, slot_mapping, k_pages, v_pages)
 
     def forward(self, embeds: torch.Tensor, batch: ForwardBatch, kv: torch.Tensor) -> torch.Tensor:
         """Blocks of anchor and masks, embedded ``[T, hidden_size]``, to final-normed hidden states of the same shape.
@@ -156,9 +175,10 @@ class DraftHead(nn.Module):
         """
         cos, sin = self._rotary.angles(batch.positions, embeds.dtype)
         x = embeds
-        for layer, layer_kv in zip(self._stack, kv.unbind(0), strict=True):
-            x = layer(x, cos, sin, batch, layer_kv)
-        return self.norm(x)
+        for layer, (k_pages, v_pages) in zip(self._stack, layer_pages(kv), strict=True):
+            x = layer(x, cos, sin, batch, k_pages, v_pages)
+        out: torch.Tensor = self.norm(x)
+        return out
 
     def pieces(self) -> Iterator[Piece]:
         """What to read from a checkpoint."""
@@ -171,7 +191,7 @@ class DraftHead(nn.Module):
 
 def head_config_json(config: DraftHeadConfig, *, architecture: str = "DFlashDraftModel") -> dict[str, Any]:
     """The published ``config.json`` of a head; both names of the causal flag are written."""
-    rope = {"rope_type": "default", "rope_theta": config.rope.theta}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope.theta}
     if config.rope.rope_type == "yarn":
         rope |= {
             "rope_type": "yarn",
@@ -179,7 +199,10 @@ def head_config_json(config: DraftHeadConfig, *, architecture: str = "DFlashDraf
             "original_max_position_embeddings": config.rope.original_max_position_embeddings,
             "beta_fast": config.rope.beta_fast,
             "beta_slow": config.rope.beta_slow,
+            "truncate": config.rope.truncate,
         }
+        if config.rope.attention_factor is not None:
+            rope["attention_factor"] = config.rope.attention_factor
     return {
         "architectures": [architecture],
         "model_type": "qwen3",

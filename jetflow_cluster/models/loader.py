@@ -1,21 +1,18 @@
-"""Reads checkpoints: safetensors only, each rank its own slice."""
+"""Loads models from checkpoints: each rank its own slice."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from jetflow_cluster.layers.linear import Piece
 from jetflow_cluster.models.config import TargetConfig, read_json
 from jetflow_cluster.models.draft_head import DraftHead, DraftHeadConfig, head_config_json
 from jetflow_cluster.models.registry import TARGETS, TargetModel
 from jetflow_cluster.models.sidecar import CONFIG_NAME, WEIGHTS_NAME, SideCar, SideCarConfig, fingerprint
+from jetflow_cluster.models.weights import StoredTensors, check_names
 from jetflow_cluster.parallel.tp_group import TpGroup
 
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
@@ -49,67 +46,104 @@ def load_target(folder: Path, *, dtype: torch.dtype | None, device: torch.device
     Args:
         folder: a checkpoint in Hugging Face format.
         dtype: of weights and activations; None is the checkpoint's.
-        device: where to put them.
+        device: where to put them; on ``meta`` the checkpoint is checked and nothing is read.
         tp: the ranks that share the model.
 
     Raises:
+        FileNotFoundError: there is no ``config.json``.
         ValueError: the architecture or a feature is not supported, a size cannot be divided, or tensors are missing,
             unexpected or misshapen; names them.
     """
-    config = TargetConfig.from_dir(folder)
-    if config.architecture not in TARGETS:
+    named = read_json(folder / "config.json").get("architectures") or ["none"]
+    if named[0] not in TARGETS:
         known = ", ".join(sorted(TARGETS))
-        raise ValueError(f"{folder / 'config.json'}: architecture {config.architecture}: supported are {known}")
+        raise ValueError(f"{folder / 'config.json'}: architecture {named[0]}: supported are {known}")
+    config = TargetConfig.from_dir(folder)
     with torch.device("meta"):
-        model = TARGETS[config.architecture](config, tp, device)
-    ignored = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    return _filled(model, folder, dtype or getattr(torch, config.dtype), device, ignored)
+        model = TARGETS[named[0]](config, tp, device)
+    model.checkpoint_dir = folder
+    _fill(model, folder, dtype, config.dtype, device, ("lm_head.weight",) if config.tie_word_embeddings else ())
+    return model
 
 
 def load_draft_head(
-    folder: Path, target: TargetModel, *, dtype: torch.dtype | None = None, device: torch.device, tp: TpGroup
+    folder: Path,
+    target: TargetModel | TargetConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device,
+    tp: TpGroup,
 ) -> DraftHead:
-    """Loads this rank's part of a draft head that fits `target`. Raises ValueError as `load_target` does."""
+    """Loads this rank's part of a draft head that fits `target`.
+
+    Args:
+        folder: a checkpoint in the published DFlash or JetSpec format.
+        target: what the head was made for; its configuration will do where the model itself is elsewhere.
+        dtype: None is the target's, or the checkpoint's where only a configuration is given.
+        device: as in `load_target`.
+        tp: as in `load_target`.
+
+    Raises:
+        FileNotFoundError: there is no ``config.json``.
+        ValueError: as `load_target` does, and where head and target do not fit, with both values.
+    """
     config = DraftHeadConfig.from_dir(folder)
-    config.check_fits(target.config)
+    config.check_fits(target if isinstance(target, TargetConfig) else target.config)
     with torch.device("meta"):
         head = DraftHead(config, tp, device)
-    return _filled(head, folder, dtype or target.dtype, device, ())
+    if dtype is None and not isinstance(target, TargetConfig):
+        dtype = target.dtype
+    _fill(head, folder, dtype, config.dtype, device, ())
+    return head
 
 
 def load_sidecar(folder: Path, target: TargetModel, *, device: torch.device) -> SideCar | None:
-    """The side-car beside a head, or None when there is none.
+    """The side-car beside a head, or None when there is none. Each rank holds all of it, in fp32.
 
     Raises:
-        ValueError: it was trained for another target, or its tensors have the wrong shape.
+        ValueError: it was trained for another target or another head, or its tensors have the wrong shape.
     """
-    if not (folder / CONFIG_NAME).exists():
+    path = folder / CONFIG_NAME
+    if not path.exists():
         return None
-    raw = read_json(folder / CONFIG_NAME)
+    raw = read_json(path)
     try:
         config = SideCarConfig(**(raw | {"scales": tuple(raw.get("scales", ()))}))
     except TypeError as error:
-        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from None
-    expected = fingerprint({"embedding": target.embedding.weight})
-    if target.embedding.weight.shape[0] == target.config.vocab_size and config.target_fingerprint != expected:
-        raise ValueError(
-            f"{folder / CONFIG_NAME}: target_fingerprint = {config.target_fingerprint}, the target's is {expected}"
-        )
-    with safe_open(folder / WEIGHTS_NAME, framework="pt", device=str(device)) as file:
-        # Small, and ids are looked up on every rank: fp32 and whole.
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    if set(tensors) != {"parent.weight", "child.weight"}:
-        raise ValueError(f"{folder / WEIGHTS_NAME}: has {sorted(tensors)}, needs parent.weight and child.weight")
-    if tensors["parent.weight"].shape[0] != target.config.vocab_size:
-        raise ValueError(
-            f"{folder / WEIGHTS_NAME}: {tensors['parent.weight'].shape[0]} rows, the vocabulary has "
-            f"{target.config.vocab_size}"
-        )
-    return SideCar(config, tensors["parent.weight"], tensors["child.weight"])
+        raise ValueError(f"{path}: {error}") from None
+    with StoredTensors([folder / WEIGHTS_NAME]) as stored:
+        shape = (target.config.vocab_size, config.rank)
+        check_names({"parent.weight": shape, "child.weight": shape}, stored.shapes, folder / WEIGHTS_NAME)
+        parent, child = (stored[f"{name}.weight"].to(device, torch.float32) for name in ("parent", "child"))
+    found = {"target_fingerprint": _target_fingerprint(target), "head_fingerprint": _fingerprint_of_files(folder)}
+    for name, expected in found.items():
+        if getattr(config, name) != expected:
+            what = name.removesuffix("_fingerprint")
+            raise ValueError(f"{path}: {name} = {getattr(config, name)}, the {what}'s is {expected}")
+    return SideCar(config, parent, child)
 
 
-def save_draft_head(folder: Path, config: DraftHeadConfig, state: dict[str, torch.Tensor]) -> None:
+def _target_fingerprint(target: TargetModel) -> str:
+    """Of the stored embedding: a rank holds a part of it only, and perhaps in another dtype."""
+    if target.checkpoint_dir is None:
+        return fingerprint({"embedding": target.embedding.weight})
+    name = next(name for name, *_ in target.embedding.pieces())
+    with StoredTensors.of_checkpoint(target.checkpoint_dir) as stored:
+        return fingerprint({"embedding": stored[name]})
+
+
+def _fingerprint_of_files(folder: Path) -> str:
+    with StoredTensors.of_checkpoint(folder) as stored:
+        return fingerprint(stored)
+
+
+def save_draft_head(folder: Path, config: DraftHeadConfig, state: Mapping[str, torch.Tensor]) -> None:
     """Writes a head in the published format: ``model.safetensors`` and ``config.json``.
+
+    Args:
+        folder: made where it is not there; files of an older head are replaced.
+        config: the head's; the dtype that is written is that of `state`.
+        state: tensors under their published names.
 
     Raises:
         ValueError: `state` has not exactly the published keys and shapes.
@@ -117,59 +151,36 @@ def save_draft_head(folder: Path, config: DraftHeadConfig, state: dict[str, torc
     from safetensors.torch import save_file
 
     with torch.device("meta"):
-        head = DraftHead(config, TpGroup.single(), torch.device("cpu"))
-    _check_names(
-        {name: shape for name, shape, *_ in head.pieces()}, {n: tuple(t.shape) for n, t in state.items()}, folder
-    )
+        head = DraftHead(config, TpGroup.single(), torch.device("meta"))
+    expected = {name: shape for name, shape, *_ in head.pieces()}
+    check_names(expected, {name: tuple(tensor.shape) for name, tensor in state.items()}, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.contiguous() for n, t in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(head_config_json(config), indent=1))
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    written = head_config_json(config) | {"dtype": str(tensors["norm.weight"].dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(written, indent=1))
 
 
-def _filled(model: Any, folder: Path, dtype: torch.dtype, device: torch.device, ignored: tuple[str, ...]) -> Any:
-    model.to(dtype).to_empty(device=device)
-    pieces = list(model.pieces())
-    with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, framework="pt")) for path in _weight_files(folder)]
-        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-        found = {name: tuple(file.get_slice(name).get_shape()) for name, file in where.items()}
-        for name in [n for n in found if n in ignored or n.endswith(_DERIVED)]:
-            del found[name]
-        _check_names({name: shape for name, shape, *_ in pieces}, found, folder)
-        _copy(pieces, where)
-    return model.eval()
-
-
-def _copy(pieces: Iterable[Piece], where: dict[str, Any]) -> None:
-    with torch.no_grad():
-        for name, _, slices, destination in pieces:
-            destination.copy_(where[name].get_slice(name)[slices])
-
-
-def _weight_files(folder: Path) -> Iterator[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        for name in sorted(set(read_json(index)["weight_map"].values())):
-            if not (folder / name).exists():
-                raise ValueError(f"{index}: names {name}, which is missing")
-            yield folder / name
-        return
-    single = folder / "model.safetensors"
-    if not single.exists():
-        others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
-        hint = f"; {', '.join(others)} may hold code and is not read" if others else ""
-        raise ValueError(f"{folder}: model.safetensors is missing{hint}")
-    yield single
-
-
-def _check_names(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], folder: Path) -> None:
-    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{name} is {list(found[name])}, not {list(expected[name])}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name] != expected[name]
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(f"{folder}: {shown}")
+def _fill(
+    model: TargetModel | DraftHead,
+    folder: Path,
+    dtype: torch.dtype | None,
+    config_dtype: str | None,
+    device: torch.device,
+    ignored: tuple[str, ...],
+) -> None:
+    """Replaces the meta tensors of `model` by the checkpoint's."""
+    with StoredTensors.of_checkpoint(folder) as stored:
+        pieces = list(model.pieces())
+        expected = {name: shape for name, shape, *_ in pieces}
+        found = {n: s for n, s in stored.shapes.items() if n not in ignored and not n.endswith(_DERIVED)}
+        check_names(expected, found, folder)
+        if dtype is None:
+            dtype = getattr(torch, config_dtype) if config_dtype else stored.dtype_of(pieces[0][0])
+        model.to(dtype)
+        if device.type != "meta":
+            model.to_empty(device=device)
+            with torch.no_grad():
+                for name, _, slices, destination in model.pieces():
+                    destination.copy_(stored.read(name, slices))
+    model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +11,16 @@ from torch import nn
 
 from jetflow_cluster.layers.attention import PagedAttention
 from jetflow_cluster.layers.embedding import ParallelLmHead, VocabParallelEmbedding
+from jetflow_cluster.layers.inference_module import InferenceModule
 from jetflow_cluster.layers.linear import GateUpLinear, Piece, RowParallelLinear, prefixed
 from jetflow_cluster.layers.norm import RmsNorm
 from jetflow_cluster.layers.rotary import Rotary
-from jetflow_cluster.models.batch import ForwardBatch
+from jetflow_cluster.models.batch import ForwardBatch, layer_pages
 from jetflow_cluster.models.config import TargetConfig, TransformerConfig
 from jetflow_cluster.parallel.tp_group import TpGroup
 
 
-class Mlp(nn.Module):
+class Mlp(InferenceModule):
     """SwiGLU."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, tp: TpGroup):
@@ -29,7 +31,8 @@ class Mlp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, hidden_size]`` to the same."""
         gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate).mul_(up))
+        out: torch.Tensor = self.down(F.silu(gate).mul_(up))
+        return out
 
     def pieces(self) -> Iterator[Piece]:
         """What to read from a checkpoint."""
@@ -37,7 +40,7 @@ class Mlp(nn.Module):
         yield from self.down.pieces()
 
 
-class Qwen3Layer(nn.Module):
+class Qwen3Layer(InferenceModule):
     """Attention and MLP, each behind a norm and beside a residual."""
 
     def __init__(self, config: TransformerConfig, tp: TpGroup):
@@ -49,11 +52,19 @@ class Qwen3Layer(nn.Module):
         self.mlp = Mlp(hidden, config.intermediate_size, tp)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: ForwardBatch, kv: torch.Tensor
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        batch: ForwardBatch,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
     ) -> torch.Tensor:
-        """Rows ``[T, hidden_size]``; `kv` is the layer's part of the cache."""
-        x = x + self.attention(self.input_norm(x), cos, sin, batch.slot_mapping, batch.attention, kv)
-        return x.add_(self.mlp(self.mlp_norm(x)))
+        """Rows ``[T, hidden_size]``; the pages are the layer's part of the cache. `x` is left as it is."""
+        h = self.input_norm(x)
+        h = self.attention(h, cos, sin, batch.slot_mapping, batch.attention, k_pages, v_pages).add_(x)
+        out: torch.Tensor = h.add_(self.mlp(self.mlp_norm(h)))
+        return out
 
     def pieces(self) -> Iterator[Piece]:
         """What to read from a checkpoint."""
@@ -63,12 +74,14 @@ class Qwen3Layer(nn.Module):
         yield from prefixed("mlp", self.mlp.pieces())
 
 
-class Qwen3Model(nn.Module):
+class Qwen3Model(InferenceModule):
     """One rank's part of a dense Qwen3 target. For inference only; parameters hold no gradients."""
 
     def __init__(self, config: TargetConfig, tp: TpGroup, device: torch.device):
         super().__init__()
         self.config = config
+        #: Where the weights come from; set by the loader.
+        self.checkpoint_dir: Path | None = None
         self.embedding = VocabParallelEmbedding("model.embed_tokens", config.vocab_size, config.hidden_size, tp)
         self._stack = [Qwen3Layer(config, tp) for _ in range(config.num_layers)]
         self.layers = nn.ModuleList(self._stack)
@@ -106,19 +119,19 @@ class Qwen3Model(nn.Module):
         Args:
             batch: T rows.
             kv: ``[num_layers, 2, num_pages, page_size, num_local_kv_heads, head_dim]``.
-            tap_layer_ids: layers whose output (the residual stream behind them) is wanted, ascending.
+            tap_layer_ids: layers whose output (the residual stream behind them) is wanted, in that order.
 
         Returns:
             hidden ``[T, hidden_size]`` behind the final norm, and taps ``[T, len(tap_layer_ids) * hidden_size]``.
         """
         x = self.embedding(batch.token_ids)
         cos, sin = self._rotary.angles(batch.positions, x.dtype)
-        taps = []
-        for i, (layer, layer_kv) in enumerate(zip(self._stack, kv.unbind(0), strict=True)):
-            x = layer(x, cos, sin, batch, layer_kv)
+        taps = {}
+        for i, (layer, (k_pages, v_pages)) in enumerate(zip(self._stack, layer_pages(kv), strict=True)):
+            x = layer(x, cos, sin, batch, k_pages, v_pages)
             if i in tap_layer_ids:
-                taps.append(x)
-        return self.norm(x), torch.cat(taps, -1) if taps else None
+                taps[i] = x
+        return self.norm(x), torch.cat([taps[i] for i in tap_layer_ids], -1) if tap_layer_ids else None
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[M, hidden_size]`` to ``[M, vocab_size]``, whole on every rank."""

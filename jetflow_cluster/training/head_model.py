@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from jetflow_cluster.layers.rotary import Rotary
+from jetflow_cluster.layers.rotary import inverse_frequencies
 from jetflow_cluster.models.config import TargetConfig
 from jetflow_cluster.models.draft_head import DraftHeadConfig
 from jetflow_cluster.models.loader import save_draft_head
@@ -111,9 +111,9 @@ class _Attention(nn.Module):
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates ``[..., heads, dim]`` by ``[..., 1, dim]`` of `Rotary.angles`, whose sines carry the sign."""
+    """Rotates ``[..., heads, dim]`` by ``[..., 1, dim]``."""
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((second, first), -1) * sin
+    return x * cos + torch.cat((-second, first), -1) * sin
 
 
 class _Mlp(nn.Module):
@@ -155,9 +155,12 @@ class TrainableHead(nn.Module):
 
     def angles(self, length: int, device: torch.device | None = None) -> Angles:
         """Cosines and sines of the positions below `length`, each fp32 ``[length, head_dim]``."""
-        rotary = Rotary(self.config.rope, self.config.head_dim, device or torch.device("cpu"))
-        cos, sin = rotary.angles(torch.arange(length, device=device), torch.float32)
-        return cos[:, 0], sin[:, 0]
+        frequencies, scale = inverse_frequencies(
+            self.config.rope, self.config.head_dim, device or torch.device("cpu")
+        )
+        angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos() * scale, angles.sin() * scale
 
     def forward(
         self, taps: torch.Tensor, embeds: torch.Tensor, anchors: torch.Tensor, starts: torch.Tensor, angles: Angles

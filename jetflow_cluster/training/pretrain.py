@@ -201,6 +201,8 @@ def _save_checkpoint(config: PretrainConfig, model: Any, progress: Progress) -> 
         # A row no text ever used has a norm that derails the draft head; the mean row does not.
         embedding = model.model.embed_tokens.weight
         embedding[MASK_ID] = embedding[torch.arange(len(embedding)) != MASK_ID].mean(0)
+    # Rounded weights are the target from here on; figures below are theirs.
+    model.to(torch.bfloat16)
     folder = config.output_dir / "target"
     model.generation_config = GenerationConfig(eos_token_id=END_OF_TEXT_ID, pad_token_id=END_OF_TEXT_ID)
     model.save_pretrained(folder)
@@ -212,11 +214,12 @@ def _save_checkpoint(config: PretrainConfig, model: Any, progress: Progress) -> 
         clean_up_tokenization_spaces=False,
         model_max_length=config.sequence_lengths[1],
     ).save_pretrained(folder)
+    model.float()
     report = {
         "tokens": progress.tokens,
         "minutes": round(progress.seconds() / 60, 1),
         "bits_per_byte": {
-            source: round(bits_per_byte(model, config.corpus_dir, "test", source, 400_000), 4) for source in MIXTURE
+            source: round(bits_per_byte(model, config.corpus_dir, "test", source, 75_000), 4) for source in MIXTURE
         },
     }
     (config.output_dir / "report.json").write_text(json.dumps(report, indent=1))

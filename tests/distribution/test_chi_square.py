@@ -19,7 +19,7 @@ from jetflow_cluster.tree.draft_tree import DraftTree
 from jetflow_cluster.types import SamplingParams
 
 VOCAB = 8
-NUM_SEEDS = 2500
+NUM_SEEDS = 2000
 PROMPT = [2, 5, 3]
 #: Siblings under every inner node; the trees are complete to depth 2.
 NUM_SIBLINGS = 4

@@ -128,7 +128,7 @@ def run_case(case: Case, target_dir: str, head_dir: str, oracle: Oracle) -> tupl
     known = {(tuple(p), s.seed): tokens for p, s, (tokens, _) in zip(prompts, params, expected, strict=True)}
 
     def truth(request: Request) -> list[int]:
-        return known[(tuple(request.prompt_token_ids), request.seed)][request.num_output :]
+        return known.get((tuple(request.prompt_token_ids), request.seed), [])[request.num_output :]
 
     longest = max(len(p) + s.max_tokens for p, s in zip(prompts, params, strict=True))
     per_request = -(-longest // case.page_size)

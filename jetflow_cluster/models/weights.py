@@ -1,0 +1,105 @@
+"""Tensors in safetensors files, by name. Nothing else is read: pickles may hold code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from jetflow_cluster.models.config import read_json
+
+_MAX_PROBLEMS = 8
+
+
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """The tensors of some files, read when asked for. A context manager: the files are open within it."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths = paths
+        self._files = ExitStack()
+        self._where: dict[str, Any] = {}
+        #: Full shape of each tensor.
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path) -> StoredTensors:
+        """``model.safetensors``, or the files that its index names.
+
+        Raises:
+            ValueError: a file is missing, or the index names what is no safetensors file of the folder.
+        """
+        index = folder / "model.safetensors.index.json"
+        if not index.exists():
+            single = folder / "model.safetensors"
+            if not single.exists():
+                others = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(kind))
+                hint = f"; {', '.join(others)} may hold code and is not read" if others else ""
+                raise ValueError(f"{folder}: model.safetensors is missing{hint}")
+            return cls([single])
+        names = sorted(set(dict(read_json(index).get("weight_map") or {}).values()))
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index}: names {name}: only .safetensors files beside it are read")
+            if not (folder / name).exists():
+                raise ValueError(f"{index}: names {name}, which is missing")
+        return cls([folder / name for name in names])
+
+    def __enter__(self) -> StoredTensors:
+        for path in self._paths:
+            try:
+                file = self._files.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, FileNotFoundError) as error:
+                self._files.close()
+                raise ValueError(f"{path}: {error}") from None
+            for name in file.keys():  # noqa: SIM118
+                if name in self._where:
+                    self._files.close()
+                    raise ValueError(f"{path}: {name} is in another file too")
+                self._where[name] = file
+                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._where[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        """A part of one tensor; the rest is not read."""
+        tensor: torch.Tensor = self._where[name].get_slice(name)[slices]
+        return tensor
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Dtype of one tensor."""
+        stored = self._where[name].get_slice(name)
+        return self.read(name, tuple(slice(0, 1) for _ in stored.get_shape())).dtype
+
+
+def check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """Compares names and shapes.
+
+    Raises:
+        ValueError: names what is missing, unexpected or misshapen; the first few of many.
+    """
+    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} is {list(found[name])}, not {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name] != expected[name]
+    ]
+    if problems:
+        more = len(problems) - _MAX_PROBLEMS
+        raise ValueError(f"{where}: {'; '.join(problems[:_MAX_PROBLEMS])}" + (f"; and {more} more" if more > 0 else ""))

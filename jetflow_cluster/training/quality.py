@@ -1,0 +1,124 @@
+"""Is the embedded target worth serving: bits per byte, and what its continuations of held-out functions look like.
+
+Run as ``python -m jetflow_cluster.training.quality``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jetflow_cluster.training.corpus import MIXTURE, function_headers
+from jetflow_cluster.training.pretrain import bits_per_byte
+from jetflow_cluster.training.regenerate import continue_prompts, load_causal_lm, load_tokenizer
+
+END_OF_TEXT_ID = 0
+
+
+def held_out_functions(corpus_dir: Path, num: int, seed: int = 0) -> list[tuple[str, str, str]]:
+    """Name, text up to and with the header line, and header line, of functions in held-out library files.
+
+    As evenly over files as their functions allow.
+    """
+    files = [f for f in json.loads((corpus_dir / "held_out.json").read_text()) if f["source"] == "library"]
+    rng = np.random.default_rng(seed)
+    queues = []
+    for file in files:
+        offsets = function_headers(file["text"])
+        order = rng.permutation(len(offsets))
+        queues.append([(f"{file['name']}:{offsets[i]}", file["text"][: offsets[i]]) for i in order])
+    found = []
+    while len(found) < num and any(queues):
+        for queue in queues:
+            if queue:
+                name, text = queue.pop()
+                found.append((name, text, text.splitlines()[-1] + "\n"))
+    return found[:num]
+
+
+def parses(header: str, continuation: str) -> bool:
+    """True when the header and the continuation up to its last whole line are Python.
+
+    The header's indentation is kept, and opened by one class per level, so that a continuation may go on with a
+    sibling or leave the enclosing class, as it may in its file.
+    """
+    whole = continuation[: continuation.rfind("\n") + 1]
+    indent = len(header) - len(header.lstrip(" "))
+    steps = range(0, indent, 4)
+    opening = "".join(" " * level + "class _:\n" for level in steps)
+    if not whole.strip():
+        return False
+    try:
+        ast.parse(opening + header + whole)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def distinct_4grams(ids: list[int]) -> float:
+    """Share of distinct 4-grams among all of one text; 1 for texts without any."""
+    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def continuations(target: Path, corpus_dir: Path, *, num: int, num_tokens: int) -> list[dict[str, Any]]:
+    """Greedy continuations behind the headers of held-out functions, from up to 256 tokens of their files."""
+    tokenizer = load_tokenizer(target)
+    functions = held_out_functions(corpus_dir, num)
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids[-256:] for _, text, _ in functions]
+    longest = max(map(len, ids))
+    starts = np.array([longest - len(one) for one in ids])
+    prompts = np.array([[END_OF_TEXT_ID] * s + one for s, one in zip(starts, ids, strict=True)])
+    model = load_causal_lm(target, torch.float32)
+    made = continue_prompts(model, prompts, num_tokens, starts=starts)[:, longest:].tolist()
+    rows = []
+    for (name, _, header), new in zip(functions, made, strict=True):
+        if END_OF_TEXT_ID in new:
+            new = new[: new.index(END_OF_TEXT_ID)]
+        text = tokenizer.decode(new)
+        row = {"name": name, "header": header, "continuation": text, "parses": parses(header, text)}
+        rows.append(row | {"distinct_4grams": distinct_4grams(new)})
+    return rows
+
+
+def measure_quality(target: Path, corpus_dir: Path, *, num: int = 100, num_tokens: int = 96) -> dict[str, Any]:
+    """Bits per byte of every held-out part, the share of continuations that parse, mean distinct 4-grams, and the
+    continuations themselves."""
+    model = load_causal_lm(target, torch.float32)
+    bits = {
+        f"{split}.{source}": round(bits_per_byte(model, corpus_dir, split, source, 100_000), 4)
+        for split in ("test", "validation")
+        for source in MIXTURE
+    }
+    rows = continuations(target, corpus_dir, num=num, num_tokens=num_tokens)
+    return {
+        "bits_per_byte": bits,
+        "functions": len(rows),
+        "tokens_each": num_tokens,
+        "share_that_parses": sum(r["parses"] for r in rows) / len(rows),
+        "distinct_4grams": round(sum(r["distinct_4grams"] for r in rows) / len(rows), 4),
+        "continuations": rows,
+    }
+
+
+def main() -> None:
+    """Writes ``quality.json``."""
+    parser = argparse.ArgumentParser(description=re.sub(r"\s+", " ", (__doc__ or "").split("\n\n")[0]))
+    parser.add_argument("--train-dir", type=Path, default=Path("build/train"), help="folder of `make train`")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens of each continuation")
+    arguments = parser.parse_args()
+    folder: Path = arguments.train_dir
+    found = measure_quality(folder / "target", folder / "corpus", num_tokens=arguments.tokens)
+    (folder / "quality.json").write_text(json.dumps(found, indent=1))
+    print(json.dumps({k: v for k, v in found.items() if k != "continuations"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

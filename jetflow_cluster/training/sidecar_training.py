@@ -1,0 +1,225 @@
+"""Trains the side-car of a frozen head: a low-rank correction of each guess by the token before it."""
+
+from __future__ import annotations
+
+import csv
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+
+from jetflow_cluster.models.sidecar import SideCar, SideCarConfig, fingerprint, save_sidecar
+from jetflow_cluster.training.distill import DistillConfig, held_out_rollouts, prepare
+from jetflow_cluster.training.head_model import TrainableHead, load_head
+from jetflow_cluster.training.optim import lr_factor
+from jetflow_cluster.training.regenerate import load_causal_lm
+from jetflow_cluster.training.simulate import Rollouts, head_logits, tables_along, walk
+from jetflow_cluster.tree.build import build_trees
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideCarTrainingConfig:
+    """Everything that decides a side-car."""
+
+    #: How the head was trained; its target and its training sequences are used.
+    distill: DistillConfig
+    #: Folder of the frozen head; the side-car's files are put beside it.
+    head: Path
+    #: Columns of the factors.
+    rank: int = 64
+    #: Candidates per depth that are corrected.
+    width: int = 16
+    #: Blocks whose guesses are gathered, and the most minutes for that.
+    max_blocks: int = 400_000
+    max_gather_minutes: float = 2.5
+    #: Minutes of training on them.
+    max_minutes: float = 1.5
+    #: Guesses per step.
+    batch_size: int = 8192
+    learning_rate: float = 5e-3
+    #: Share of steps with a rising rate; cosine follows.
+    warmup: float = 0.02
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class Guesses:
+    """Candidates of depths 2 and deeper, with the token that really came before; N of them."""
+
+    #: int64 ``[N]``.
+    parents: torch.Tensor
+    #: int32 ``[N, width]``.
+    children: torch.Tensor
+    #: Log-probabilities of head and target over the candidates and, last, all other tokens, fp32 ``[N, width + 1]``.
+    head: torch.Tensor
+    target: torch.Tensor
+
+
+def train_sidecar(config: SideCarTrainingConfig, *, device: str = "cpu") -> Path:
+    """Trains the side-car and writes it beside the head; returns the head's folder.
+
+    Writes ``sidecar.csv`` (step, KL before and behind the correction) to the distillation's folder as well.
+    """
+    console = Console()
+    head = load_head(config.head)
+    model = load_causal_lm(config.distill.target, torch.float32)
+    embedding = model.get_input_embeddings().weight.detach()
+    started = time.monotonic()
+    guesses = gather_guesses(config, head, embedding, model.lm_head.weight.detach(), device=device)
+    console.print(f"{len(guesses.parents)} guesses in {time.monotonic() - started:.0f} s")
+    config.distill.output_dir.mkdir(parents=True, exist_ok=True)
+    sidecar = fit(config, guesses, embedding.shape[0], config.distill.output_dir / "sidecar.csv")
+    state = {n: t for n, t in load_head(config.head).state_dict().items()}
+    described = SideCarConfig(
+        rank=config.rank,
+        width=config.width,
+        target_fingerprint=fingerprint({"embedding": embedding}),
+        head_fingerprint=fingerprint(state),
+    )
+    save_sidecar(config.head, SideCar(described, sidecar["parent"], sidecar["child"]))
+    return config.head
+
+
+@torch.inference_mode()
+def gather_guesses(
+    config: SideCarTrainingConfig, head: TrainableHead, embedding: torch.Tensor, output: torch.Tensor, *, device: str
+) -> Guesses:
+    """Runs the frozen head over random blocks of the training sequences."""
+    sequences, features = prepare(config.distill, device=device)
+    head = head.to(device).eval()
+    size, num_anchors, per_step = head.config.block_size, config.distill.num_anchors, config.distill.num_sequences
+    angles = head.angles(sequences.length + size, torch.device(device))
+    low_embedding, low_output = (t.to(device, torch.bfloat16) for t in (embedding, output))
+    steps = torch.arange(1, size, device=device)
+
+    def guess(
+        taps: torch.Tensor, final: torch.Tensor, ids: torch.Tensor, anchors: torch.Tensor, starts: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        blocks = torch.full((*anchors.shape, size), head.config.mask_token_id, device=device)
+        blocks = torch.cat((ids.gather(1, anchors)[:, :, None], blocks[:, :, 1:]), -1)
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            hidden = head(taps, low_embedding[blocks].float(), anchors, starts, angles)[:, :, 1:]
+        own = (hidden.to(low_output.dtype) @ low_output.T).float().log_softmax(-1)
+        theirs = (final @ low_output.T).float().log_softmax(-1)
+        values, best = own.topk(config.width)
+        before = anchors[:, :, None] + steps[1:] - 1
+        before = before.clamp(max=ids.shape[1] - 1)
+        flat = before.flatten(1)
+        rows = theirs.gather(1, flat[:, :, None].expand(-1, -1, theirs.shape[-1])).view(*best.shape[:3], -1)
+        return values, best, rows.gather(-1, best), ids.gather(1, flat).view_as(before), before
+
+    rng = np.random.default_rng((config.seed, 99))
+    deadline = time.monotonic() + 60 * config.max_gather_minutes
+    parts: list[tuple[torch.Tensor, ...]] = []
+    blocks = 0
+    while blocks < config.max_blocks and (time.monotonic() < deadline or not parts):
+        share = config.distill.regenerated_share if len(sequences) > sequences.num_regenerated else 1.0
+        own_rows = rng.integers(0, sequences.num_regenerated, per_step)
+        windows = rng.integers(min(sequences.num_regenerated, len(sequences) - 1), len(sequences), per_step)
+        rows = np.where(rng.random(per_step) < share, own_rows, windows)
+        first, last = sequences.first[rows, None], sequences.last[rows, None]
+        at = (np.arange(num_anchors) + rng.random((per_step, num_anchors))) / num_anchors
+        anchors = torch.from_numpy(first + np.floor(at * (last - first + 1)).astype(np.int64)).to(device)
+        ids = torch.from_numpy(sequences.tokens[rows].astype(np.int64)).to(device)
+        taps, final = features.taps(rows).to(device), features.final(rows).to(device)
+        values, best, teacher, parents, before = guess(
+            taps, final, ids, anchors, torch.from_numpy(sequences.starts[rows]).to(device)
+        )
+        keep = before <= torch.from_numpy(last).to(device)[:, :, None]
+        parts.append((parents[keep].cpu(), best[keep].int().cpu(), _with_rest(values[keep]), _with_rest(teacher[keep])))
+        blocks += anchors.numel()
+    parents, children, own, theirs = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Guesses(parents=parents, children=children, head=own, target=theirs)
+
+
+def _with_rest(logprobs: torch.Tensor) -> torch.Tensor:
+    rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=1e-6).log()
+    joint = torch.cat((logprobs, rest), -1).cpu()
+    return joint - joint.logsumexp(-1, keepdim=True)
+
+
+def corrected(parent: torch.Tensor, child: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities ``[N, width + 1]`` behind the correction.
+
+    Args:
+        parent: rows of the parents, ``[N, rank]``.
+        child: rows of the candidates, ``[N, width, rank]``.
+        head: of the head, as in `Guesses`. The mass of all other tokens keeps its weight.
+    """
+    delta = (child @ parent[:, :, None])[..., 0]
+    return (head + F.pad(delta, (0, 1))).log_softmax(-1)
+
+
+def fit(
+    config: SideCarTrainingConfig, guesses: Guesses, vocab_size: int, log_path: Path
+) -> dict[str, torch.Tensor]:
+    """KL of the target against the corrected head; ``parent`` and ``child``, fp32 ``[V, rank]`` each."""
+    generator = torch.Generator().manual_seed(config.seed)
+    parent = nn.Parameter(torch.empty(vocab_size, config.rank).normal_(std=0.1, generator=generator))
+    child = nn.Parameter(torch.empty(vocab_size, config.rank).normal_(std=0.1, generator=generator))
+    optimizer = torch.optim.AdamW([parent, child], lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    num = len(guesses.parents)
+    # The last guesses are held out, to see over-fitting.
+    num_train = num - min(num // 20, 20_000)
+    console, started, step = Console(), time.monotonic(), 0
+    shown_at = started
+    with log_path.open("w", newline="") as handle:
+        log = csv.writer(handle)
+        while (fraction := (time.monotonic() - started) / (60 * config.max_minutes)) < 1:
+            rows = torch.randint(0, num_train, (config.batch_size,), generator=generator)
+            loss = _kl(guesses, rows, parent, child)
+            loss.backward()
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * lr_factor(fraction, warmup=config.warmup, decay_from=None)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if time.monotonic() - shown_at > 10:
+                shown_at = time.monotonic()
+                with torch.no_grad():
+                    held_out = torch.arange(num_train, num)
+                    plain = _kl(guesses, held_out, torch.zeros_like(parent), child)
+                    numbers = [float(plain), float(_kl(guesses, held_out, parent, child)), float(loss)]
+                log.writerow([step, *(round(x, 4) for x in numbers)])
+                console.print(
+                    f"{fraction:6.1%}  step {step}  KL {numbers[2]:.3f}, held out {numbers[1]:.3f} "
+                    f"(uncorrected {numbers[0]:.3f})",
+                    highlight=False,
+                )
+    return {"parent": parent.detach(), "child": child.detach()}
+
+
+def _kl(guesses: Guesses, rows: torch.Tensor, parent: torch.Tensor, child: torch.Tensor) -> torch.Tensor:
+    candidates = guesses.children[rows]
+    ours = corrected(F.embedding(guesses.parents[rows], parent), F.embedding(candidates, child), guesses.head[rows])
+    theirs = guesses.target[rows]
+    return (theirs.exp() * (theirs - ours)).sum(-1).mean()
+
+
+def sidecar_acceptance(head_dir: Path, config: DistillConfig, rollouts: Rollouts | None = None) -> dict[str, float]:
+    """Tokens per step at 16 and 32 nodes with and without the side-car beside a head, on validation prompts."""
+    from jetflow_cluster.training.evaluate import read_sidecar
+
+    head = load_head(head_dir)
+    texts = rollouts or held_out_rollouts(config, prepare(config)[0])
+    found = {}
+    for name, sidecar in (("plain", None), ("side-car", read_sidecar(head_dir))):
+        tables = [
+            tables_along(head_logits(head, texts, p), texts, p, width=16, sidecar=sidecar and sidecar.correction)
+            for p in range(texts.num_prompts)
+        ]
+        depth = head.config.block_size - 1
+        result = walk(
+            texts,
+            lambda p, at, n, tables=tables, depth=depth: build_trees(  # type: ignore[misc]
+                [tables[p][at]], [0], max_nodes=[n], max_depths=[depth]
+            )[0],
+            (16, 32),
+        )
+        found |= {f"{name}, {n} nodes": a for n, a in zip((16, 32), result.mean(), strict=True)}
+    return found
