@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from jetflow_cluster.training.distill import DistillConfig, distill, prepare
 from jetflow_cluster.training.head_model import load_head
@@ -32,9 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "block 16": {"block_size": 16, "num_anchors": 32},
     "no decay": {"gamma": None},
     "accept until fail, no decay": {"gamma": None, "accept_until_fail": True},
-    "half the teacher greedy": {"greedy_share": 0.5},
-    "taps 1, 4, 6": {"target_layer_ids": (1, 4, 6)},
-    "bidirectional": {"causal": False},
+    "AdamW, random start": {"optimizer": "adamw", "learning_rates": (1.5e-3, 1.5e-3), "warm_start": False},
+    "AdamW at 3e-3": {"optimizer": "adamw", "learning_rates": (3e-3, 3e-3)},
 }
 
 
@@ -56,7 +56,7 @@ def ablate(base: DistillConfig, variants: dict[str, dict[str, Any]], *, num_prom
         config = replace(base, **changes, output_dir=base.output_dir / re.sub(r"[^a-z0-9]+", "-", name.lower()))
         done = config.output_dir / "row.json"
         if not done.exists():
-            print(f"== {name}", flush=True)
+            Console().rule(name)
             folder = distill(config)
             row = {"name": name, "changes": _plain(changes)} | measure(config, folder, num_prompts)
             row["minutes"] = config.max_minutes
@@ -132,6 +132,8 @@ def main() -> None:
         source=folder / "corpus",
         output_dir=folder / "ablation",
         data_dir=folder / "data",
+        optimizer="muon",
+        learning_rates=(0.015, 1.5e-3),
         max_minutes=arguments.minutes,
         measure_every_minutes=100,
     )

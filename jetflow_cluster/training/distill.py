@@ -68,9 +68,9 @@ class DistillConfig:
     #: Start from the target's layers instead of random ones.
     warm_start: bool = True
     #: ``muon`` (matrices; AdamW for the rest) or ``adamw``.
-    optimizer: str = "muon"
-    #: Peak rates of matrices and of the rest.
-    learning_rates: tuple[float, float] = (0.015, 1.5e-3)
+    optimizer: str = "adamw"
+    #: Peak rates of matrices and of the rest; AdamW takes the second for all.
+    learning_rates: tuple[float, float] = (3e-3, 3e-3)
     #: Weight of depth k is exp(-k / gamma); None weighs all the same.
     gamma: float | None = 4.0
     #: Count a block's depths only up to the head's first wrong guess (arXiv 2607.01893).
@@ -182,7 +182,9 @@ class _Batches:
         )
         first, last = made.first[rows, None], made.last[rows, None]
         # One anchor in each of equal stretches: spread out, and seldom twice the same.
-        at = (np.arange(config.num_anchors) + rng.random((config.num_sequences, config.num_anchors))) / config.num_anchors
+        at = (
+            np.arange(config.num_anchors) + rng.random((config.num_sequences, config.num_anchors))
+        ) / config.num_anchors
         anchors = first + np.floor(at * (last - first + 1)).astype(np.int64)
         tensors = {
             "taps": self._features.taps(rows),

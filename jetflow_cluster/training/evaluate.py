@@ -193,7 +193,9 @@ class _Comparison:
             if (source, self._config.width) in self._tables:
                 tables = self._tables[source, self._config.width]
                 nodes = self._depth + 1
-                rows.append(self._row(name, [walk(self._texts, lambda p, at, _, t=tables: chain_tree(t[p][at]), (nodes,))]))  # type: ignore[misc]
+                rows.append(
+                    self._row(name, [walk(self._texts, lambda p, at, _, t=tables: chain_tree(t[p][at]), (nodes,))])
+                )  # type: ignore[misc]
         full = self._tables[plain, self._config.width]
         if self._texts.temperature == 0:
             draft = lambda p, at, n: full_width_tree(full[p][at], n)  # noqa: E731

@@ -155,9 +155,7 @@ class TrainableHead(nn.Module):
 
     def angles(self, length: int, device: torch.device | None = None) -> Angles:
         """Cosines and sines of the positions below `length`, each fp32 ``[length, head_dim]``."""
-        frequencies, scale = inverse_frequencies(
-            self.config.rope, self.config.head_dim, device or torch.device("cpu")
-        )
+        frequencies, scale = inverse_frequencies(self.config.rope, self.config.head_dim, device or torch.device("cpu"))
         angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
         angles = torch.cat((angles, angles), -1)
         return angles.cos() * scale, angles.sin() * scale

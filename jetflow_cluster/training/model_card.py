@@ -32,31 +32,32 @@ code that anyone relies on.
 {sidecar}
 ## Training data
 
-Sources and documentation of the Python standard library, version 3.11, as the machine carried or installed them, under
-the Python Software Foundation License Version 2 (PSF-2.0), (c) Python Software Foundation. Files were divided by a hash of
-their names, after near-duplicates had been removed; no file is in two parts.
+Sources and documentation of the Python standard library, version 3.11, as the machine carried or installed them,
+under the Python Software Foundation License Version 2 (PSF-2.0), (c) Python Software Foundation. Files were divided by
+a hash of their names, after near-duplicates had been removed; no file is in two parts.
 
 {splits}
 
-The head was trained on {rows} sequences of {length} tokens: {regenerated} prompts that the target continued itself (half greedily,
-half at temperature 0.7), and {windows} windows of the training text.
+The head was trained on {rows} sequences of {length} tokens: {regenerated} prompts that the target continued itself
+(half greedily, half at temperature 0.7), and {windows} windows of the training text.
 
 ## Training
 
-On {hardware}: the target {target_minutes} minutes for {target_tokens} M tokens (Muon and AdamW, bf16 autocast), the head {head_minutes} minutes
-({head_steps} steps), the side-car {sidecar_minutes} minutes with the gathering of its data. `make train` repeats all of it.
+On {hardware}: the target {target_minutes} minutes for {target_tokens} M tokens (Muon and AdamW, bf16 autocast), the
+head {head_minutes} minutes ({head_steps} steps), the side-car {sidecar_minutes} minutes with the gathering of its data.
+`make train` repeats all of it.
 
 ## Quality of the target
 
 {bits}
 
-Of {functions} greedy continuations of {tokens} tokens, each behind the header of a function in a held-out file and cut at its
-last whole line, {parses} parse together with the header; the mean share of distinct 4-grams is {distinct}.
+Of {functions} greedy continuations of {tokens} tokens, each behind the header of a function in a held-out file and cut
+at its last whole line, {parses} parse together with the header; the mean share of distinct 4-grams is {distinct}.
 
 ## Acceptance
 
-Tokens per step, bonus included, with the standard error over {prompts} held-out prompts of {prompt_tokens} tokens and {walked} tokens behind
-each, by nodes per tree:
+Tokens per step, bonus included, with the standard error over {prompts} held-out prompts of {prompt_tokens} tokens and
+{walked} tokens behind each, by nodes per tree:
 
 {acceptance}
 """
@@ -113,8 +114,8 @@ def _shapes(output: Path) -> dict[str, Any]:
     if (output / "draft_head" / "sidecar_config.json").exists():
         about = _json(output / "draft_head" / "sidecar_config.json")
         sidecar = (
-            f"\nBeside the head lies a side-car of rank {about['rank']}: it corrects each guess, among the {about['width']} best of its "
-            "depth, by the guess before it.\n"
+            f"\nBeside the head lies a side-car of rank {about['rank']}: it corrects each guess, among the "
+            f"{about['width']} best of its depth, by the guess before it.\n"
         )
     return {
         "causality": "causal" if head["dflash_config"]["causal"] else "bidirectional",
@@ -139,7 +140,9 @@ def _data(folder: Path) -> dict[str, Any]:
     totals = _json(folder / "corpus" / "corpus.json")["totals"]
     lines = ["| part | files | MB | tokens |", "|---|---|---|---|"]
     for name, part in totals.items():
-        lines.append(f"| {name.replace('.', ', ')} | {part['files']} | {part['bytes'] / 1e6:.2f} | {part['tokens']:,} |")
+        lines.append(
+            f"| {name.replace('.', ', ')} | {part['files']} | {part['bytes'] / 1e6:.2f} | {part['tokens']:,} |"
+        )
     data = _json(folder / "data" / "data.json")
     return {
         "splits": "\n".join(lines),

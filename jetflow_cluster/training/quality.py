@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from jetflow_cluster.training.corpus import MIXTURE, function_headers
 from jetflow_cluster.training.pretrain import bits_per_byte
@@ -117,7 +118,7 @@ def main() -> None:
     folder: Path = arguments.train_dir
     found = measure_quality(folder / "target", folder / "corpus", num_tokens=arguments.tokens)
     (folder / "quality.json").write_text(json.dumps(found, indent=1))
-    print(json.dumps({k: v for k, v in found.items() if k != "continuations"}, indent=1))
+    Console().print_json(data={k: v for k, v in found.items() if k != "continuations"})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from jetflow_cluster.training import corpus
 from jetflow_cluster.training.distill import DistillConfig, distill
@@ -62,7 +63,9 @@ def run(folder: Path, *, target_minutes: float, head_minutes: float, comparison_
     config = head_config(folder, head_minutes)
     head = _timed(folder, "head", lambda: distill(config, device=device))
     if not (head / "sidecar_config.json").exists():
-        _timed(folder, "sidecar", lambda: train_sidecar(SideCarTrainingConfig(distill=config, head=head), device=device))
+        _timed(
+            folder, "sidecar", lambda: train_sidecar(SideCarTrainingConfig(distill=config, head=head), device=device)
+        )
     if not (folder / "quality.json").exists():
         found = measure_quality(folder / "target", folder / "corpus")
         (folder / "quality.json").write_text(json.dumps(found, indent=1))
@@ -90,7 +93,8 @@ def compare_causality(config: DistillConfig, minutes: float, device: str) -> dic
     for name, causal in (("causal", True), ("bidirectional", False)):
         output = folder / "comparison" / name
         heads[name] = distill(
-            replace(config, causal=causal, output_dir=output, max_minutes=minutes, measure_every_minutes=100), device=device
+            replace(config, causal=causal, output_dir=output, max_minutes=minutes, measure_every_minutes=100),
+            device=device,
         )
     return evaluate(
         replace(
@@ -159,7 +163,7 @@ def export(folder: Path, head: Path, output: Path) -> None:
     shutil.copyfile(folder / "held_out_prompts.json", output / "held_out_prompts.json")
     write_model_card(folder, output, hardware())
     size = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
-    print(f"{output}: {size / 2**20:.1f} MiB")
+    Console().print(f"{output}: {size / 2**20:.1f} MiB")
 
 
 def hardware() -> str:
@@ -169,7 +173,9 @@ def hardware() -> str:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         cpu = names[0] if names else cpu
     return f"{os.cpu_count()} cores of {cpu}"
 
@@ -177,7 +183,9 @@ def hardware() -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--train-dir", type=Path, default=Path("build/train"), help="everything on the way is kept here")
+    parser.add_argument(
+        "--train-dir", type=Path, default=Path("build/train"), help="everything on the way is kept here"
+    )
     parser.add_argument("--target-minutes", type=float, default=58.0)
     parser.add_argument("--head-minutes", type=float, default=20.0)
     parser.add_argument("--comparison-minutes", type=float, default=2.0, help="per head; 0 leaves it out")
@@ -192,4 +200,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-

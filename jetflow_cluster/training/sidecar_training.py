@@ -74,7 +74,7 @@ def train_sidecar(config: SideCarTrainingConfig, *, device: str = "cpu") -> Path
     console.print(f"{len(guesses.parents)} guesses in {time.monotonic() - started:.0f} s")
     config.distill.output_dir.mkdir(parents=True, exist_ok=True)
     sidecar = fit(config, guesses, embedding.shape[0], config.distill.output_dir / "sidecar.csv")
-    state = {n: t for n, t in load_head(config.head).state_dict().items()}
+    state = dict(load_head(config.head).state_dict())
     described = SideCarConfig(
         rank=config.rank,
         width=config.width,
@@ -155,9 +155,7 @@ def corrected(parent: torch.Tensor, child: torch.Tensor, head: torch.Tensor) -> 
     return (head + F.pad(delta, (0, 1))).log_softmax(-1)
 
 
-def fit(
-    config: SideCarTrainingConfig, guesses: Guesses, vocab_size: int, log_path: Path
-) -> dict[str, torch.Tensor]:
+def fit(config: SideCarTrainingConfig, guesses: Guesses, vocab_size: int, log_path: Path) -> dict[str, torch.Tensor]:
     """KL of the target against the corrected head; ``parent`` and ``child``, fp32 ``[V, rank]`` each."""
     generator = torch.Generator().manual_seed(config.seed)
     parent = nn.Parameter(torch.empty(vocab_size, config.rank).normal_(std=0.1, generator=generator))

@@ -163,7 +163,11 @@ class Acceptance:
 
 
 def walk(
-    rollouts: Rollouts, draft: Callable[[int, int, int], DraftTree], budgets: Sequence[int], *, prefix_free: bool = False
+    rollouts: Rollouts,
+    draft: Callable[[int, int, int], DraftTree],
+    budgets: Sequence[int],
+    *,
+    prefix_free: bool = False,
 ) -> Acceptance:
     """Steps through all texts with trees of each size.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from jetflow_kernels.commit_kv import commit_kv
 from jetflow_kernels.store_kv import store_kv
 

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+
 from jetflow_kernels.tree_attention import plan_tree_attention, tree_attention, tree_attention_reference
 
 #: Rows, context length, and shape of each request.

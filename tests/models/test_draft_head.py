@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from support.paged import TABLE, empty_kv, make_batch
-from support.small_models import MASK_ID, write_head, write_target
 
 from jetflow_cluster.models.config import TargetConfig
 from jetflow_cluster.models.draft_head import DraftHead, DraftHeadConfig, default_taps, head_config_json
 from jetflow_cluster.models.loader import load_draft_head, load_target, save_draft_head
 from jetflow_cluster.models.qwen3 import Qwen3Model
 from jetflow_cluster.parallel.tp_group import TpGroup
+from support.paged import TABLE, empty_kv, make_batch
+from support.small_models import MASK_ID, write_head, write_target
 
 CPU = torch.device("cpu")
 
@@ -95,7 +96,7 @@ def test_paged_head_equals_the_formula(parts: tuple[Qwen3Model, Path], causal: b
     taps = [torch.randn(n, 64, generator=generator, dtype=torch.float64) for n in (9, 5)]
     kv = empty_kv(2, 2, 16, torch.float64)
     # The first request's context arrives in pieces, the second's at once; each layer holds every token once.
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         head.project_context(head.fuse(taps[0][start:stop]), torch.arange(start, stop), _slots(0, start, stop), kv)
     head.project_context(head.fuse(taps[1]), torch.arange(5), _slots(1, 0, 5), kv)
     per_layer = (~kv[:, 0].isnan()).flatten(3).all(-1).flatten(1).sum(1)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.small_models import write_head, write_target
 
 from jetflow_cluster.models.loader import load_draft_head, load_sidecar, load_target, resolve_checkpoint
 from jetflow_cluster.parallel.tp_group import TpGroup
+from support.small_models import write_head, write_target
 
 CPU = torch.device("cpu")
 
@@ -59,7 +59,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(target: Path) -> Non
     state["model.extra.weight"] = torch.zeros(1)
     state["lm_head.weight"] = state["lm_head.weight"][:10].clone()
     save_file(state, target / "model.safetensors")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="missing") as caught:
         _load(target)
     for part in ("missing model.norm.weight", "unexpected model.extra.weight", "lm_head.weight is [10, 32]"):
         assert part in str(caught.value)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.paged import empty_kv, make_batch
 
 from jetflow_cluster.models.loader import load_target
 from jetflow_cluster.parallel.tp_group import TpGroup
+from support.paged import empty_kv, make_batch
 
 CPU = torch.device("cpu")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -53,9 +53,7 @@ def write_model(folder: Path, dtype: torch.dtype, **shape: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=["fp32", "fp64"]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.inference_mode()
 def test_logits_and_taps_equal_transformers(tmp_path: Path, shape: str, dtype: torch.dtype, tolerance: float) -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support.paged import empty_kv, make_batch
-from support.small_models import MASK_ID, write_head, write_target
 
 from jetflow_cluster.models.loader import load_draft_head, load_target
 from jetflow_cluster.parallel.shard import even_slice, kv_head_slice
 from jetflow_cluster.parallel.tp_group import TpGroup
+from support.paged import empty_kv, make_batch
+from support.small_models import MASK_ID, write_head, write_target
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,9 @@ def test_kv_heads_of_each_rank(heads: int, size: int, expected: list[tuple[int, 
 @pytest.mark.parametrize("heads_and_size", [(3, 2), (2, 3), (4, 6)], ids=str)
 def test_kv_heads_that_cannot_divide(heads_and_size: tuple[int, int]) -> None:
     heads, size = heads_and_size
-    with pytest.raises(ValueError, match=f"num_key_value_heads = {heads}: not divisible by tensor_parallel_size = {size}"):
+    with pytest.raises(
+        ValueError, match=f"num_key_value_heads = {heads}: not divisible by tensor_parallel_size = {size}"
+    ):
         kv_head_slice(heads, TpGroup(0, size))
 
 

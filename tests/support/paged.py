@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jetflow_kernels.tree_attention import plan_tree_attention
 
 from jetflow_cluster.models.batch import ForwardBatch
+from jetflow_kernels.tree_attention import plan_tree_attention
 
 PAGE_SIZE = 4
 #: Pages of up to four requests, out of order.

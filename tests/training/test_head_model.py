@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from jetflow_kernels.tree_attention import plan_tree_attention
 
 from jetflow_cluster.layers.rotary import RopeConfig
 from jetflow_cluster.models.batch import ForwardBatch
@@ -13,6 +12,7 @@ from jetflow_cluster.models.draft_head import DraftHead, DraftHeadConfig
 from jetflow_cluster.models.loader import load_draft_head
 from jetflow_cluster.parallel.tp_group import TpGroup
 from jetflow_cluster.training.head_model import TrainableHead, load_head, save_head
+from jetflow_kernels.tree_attention import plan_tree_attention
 
 PAGE = 16
 
