@@ -68,6 +68,8 @@ class Request:
     num_cached_pages: int = 0
     #: Those of them whose draft context is complete, as far as the prefix cache was told.
     num_draft_valid_pages: int = 0
+    #: Times that the request gave its pages back and started again.
+    num_preemptions: int = 0
     token_counts: TokenCounts | None = None
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)

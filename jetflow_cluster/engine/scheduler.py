@@ -142,6 +142,7 @@ class Scheduler:
         self.running.remove(request)
         request.status = RequestStatus.WAITING
         self._release(request)
+        request.num_preemptions += 1
         self.num_preemptions += 1
         queue = list(self.waiting)
         insort(queue, request, key=lambda r: r.arrival)
@@ -178,6 +179,6 @@ class Scheduler:
             request.draft_len = request.num_computed if request.wants_speculation else 0
             request.num_cached_pages = len(matched)
             request.num_draft_valid_pages = request.draft_len // page_size
-        if request.num_output == len(request.params.prior_output_token_ids):
+        if request.num_preemptions == 0:
             request.usage.cached_tokens = min(request.num_computed, len(request.prompt_token_ids))
         return True
