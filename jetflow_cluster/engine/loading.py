@@ -69,23 +69,13 @@ def load_engine(
     max_model_len = config.max_model_len or limit
     if max_model_len > limit:
         raise ValueError(f"max_model_len = {max_model_len}: the model's limit is {limit}")
-    head = sidecar = None
-    if drafter_factory is None and head_dir is not None:
-        head = load_draft_head(head_dir, target, dtype=target.dtype, device=device, tp=TpGroup.single())
-        sidecar = load_sidecar(head_dir, target, device=device)
-    page_bytes = bytes_per_page(
-        num_layers=target.config.num_layers,
-        page_size=config.page_size,
-        num_kv_heads=target.num_local_kv_heads,
-        head_dim=target.config.head_dim,
-        dtype=target.dtype,
-    )
-    num_pages = config.num_pages or _plan_pages(config, max_model_len, page_bytes, device)
-    runner = TargetRunner(target, num_pages=num_pages, page_size=config.page_size)
+    num_pages = config.num_pages or _plan_pages(config, max_model_len, target)
     drafter: Drafter | None = None
     if drafter_factory is not None:
         drafter = drafter_factory(target, num_pages, config.page_size)
-    elif head is not None:
+    elif head_dir is not None:
+        head = load_draft_head(head_dir, target, dtype=target.dtype, device=device, tp=TpGroup.single())
+        sidecar = load_sidecar(head_dir, target, device=device)
         drafter = HeadDrafter(head, sidecar, target, num_pages=num_pages, page_size=config.page_size)
     pool = PagePool(num_pages)
     prefix_cache = PrefixCache(pool, config.page_size) if config.enable_prefix_cache else None
@@ -100,6 +90,7 @@ def load_engine(
         needs_draft_context=bool(drafter and drafter.tap_layer_ids),
         budget=budget or FixedBudget(1),
     )
+    runner = TargetRunner(target, num_pages=num_pages, page_size=config.page_size)
     tokenizer_path = target_dir / "tokenizer.json"
     return LoadedEngine(
         engine=Engine(runner, drafter, scheduler, prefix_cache=prefix_cache, tree_builder=tree_builder),
@@ -127,11 +118,18 @@ def _device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _plan_pages(config: EngineConfig, max_model_len: int, page_bytes: int, device: torch.device) -> int:
+def _plan_pages(config: EngineConfig, max_model_len: int, target: TargetModel) -> int:
     """Pages for the largest batch, or for a share of the free memory where that is less."""
+    page_bytes = bytes_per_page(
+        num_layers=target.config.num_layers,
+        page_size=config.page_size,
+        num_kv_heads=target.num_local_kv_heads,
+        head_dim=target.config.head_dim,
+        dtype=target.dtype,
+    )
     per_request = -(-max_model_len // config.page_size)
     # The draft context mirrors the pages; its share of bytes is small beside the target's.
-    affordable = int(available_memory_bytes(device) * KV_MEMORY_SHARE) // page_bytes
+    affordable = int(available_memory_bytes(target.device) * KV_MEMORY_SHARE) // page_bytes
     if affordable < per_request:
         raise ValueError(
             f"num_pages = None: one request of {max_model_len} tokens needs {per_request} pages of {page_bytes} bytes, "

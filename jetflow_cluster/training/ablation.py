@@ -133,7 +133,6 @@ def main() -> None:
         output_dir=folder / "ablation",
         data_dir=folder / "data",
         optimizer="muon",
-        learning_rates=(0.015, 1.5e-3),
         max_minutes=arguments.minutes,
         measure_every_minutes=100,
     )

@@ -31,6 +31,8 @@ from jetflow_cluster.training.simulate import Rollouts, head_logits, make_rollou
 from jetflow_cluster.tree.build import build_trees
 
 HELD_OUT_NODES = (16, 32)
+#: Peak learning rates of matrices and of the rest, by optimizer.
+PEAK_RATES = {"muon": (0.015, 1.5e-3), "adamw": (3e-3, 3e-3)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +71,8 @@ class DistillConfig:
     warm_start: bool = True
     #: ``muon`` (matrices; AdamW for the rest) or ``adamw``.
     optimizer: str = "adamw"
-    #: Peak rates of matrices and of the rest; AdamW takes the second for all.
-    learning_rates: tuple[float, float] = (3e-3, 3e-3)
+    #: Peak rates of matrices and of the rest; AdamW takes the second for all. None is what suits the optimizer.
+    learning_rates: tuple[float, float] | None = None
     #: Weight of depth k is exp(-k / gamma); None weighs all the same.
     gamma: float | None = 4.0
     #: Count a block's depths only up to the head's first wrong guess (arXiv 2607.01893).
@@ -97,6 +99,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.block_size < 2 or self.num_layers < 1:
             raise ValueError(f"block_size = {self.block_size}, num_layers = {self.num_layers}: need at least 2 and 1")
+        if self.optimizer not in PEAK_RATES:
+            raise ValueError(f"optimizer = {self.optimizer!r}: must be one of {', '.join(PEAK_RATES)}")
         if self.new_tokens <= self.block_size:
             raise ValueError(f"new_tokens = {self.new_tokens}: must exceed block_size = {self.block_size}")
         if self.gamma is not None and self.gamma <= 0:
@@ -315,7 +319,7 @@ class _Run:
         del target
         self._rollouts = held_out_rollouts(config, sequences)
         self._batches = _Batches(config, sequences, features)
-        matrix_lr, other_lr = config.learning_rates
+        matrix_lr, other_lr = config.learning_rates or PEAK_RATES[config.optimizer]
         self._optimizer = Optimizer(
             self.head.named_parameters(), kind=config.optimizer, matrix_lr=matrix_lr, other_lr=other_lr
         )

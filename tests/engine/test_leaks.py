@@ -43,7 +43,7 @@ def test_a_thousand_requests_leak_nothing(tiny_target: str, tiny_head: str, sour
 
     engine.target.verify = verify_or_fail
     shared = [rng.randrange(VOCAB_SIZE) for _ in range(60)]
-    num_requests = 500
+    num_requests = 1000
     reasons: list[FinishReason | None] = []
     requests = []
     for i in range(num_requests):

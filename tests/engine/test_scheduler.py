@@ -49,7 +49,7 @@ def test_the_latest_arrival_is_preempted(tiny_target: str) -> None:
     requests = _add(llm, 2, 15)
     while llm.engine.has_work:
         llm.engine.step()
-    assert [r.num_preemptions for r in requests][0] == 0
+    assert requests[0].num_preemptions == 0
     assert requests[1].num_preemptions > 0
     assert llm.stats().num_preemptions == requests[1].num_preemptions
 

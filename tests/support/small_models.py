@@ -66,7 +66,6 @@ def write_head(
     from safetensors.torch import save_file
 
     raw = json.loads((target / "config.json").read_text())
-    hidden, heads, kv_heads, dim = 32, 4, 2, 16
     taps = [0] if raw["num_hidden_layers"] < 4 else [1, raw["num_hidden_layers"] - 2]
     config = {
         "architectures": ["DFlashDraftModel"],
@@ -75,11 +74,11 @@ def write_head(
         "num_target_layers": raw["num_hidden_layers"],
         "num_hidden_layers": 2,
         "layer_types": ["full_attention"] * 2,
-        "hidden_size": hidden,
+        "hidden_size": 32,
         "intermediate_size": 48,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": dim,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
         "rms_norm_eps": raw["rms_norm_eps"],
         "vocab_size": raw["vocab_size"],
         "max_position_embeddings": raw["max_position_embeddings"],
@@ -90,12 +89,35 @@ def write_head(
         "dflash_config": {"causal_head": causal, "mask_token_id": MASK_ID, "target_layer_ids": taps},
     }
     (folder / "config.json").write_text(json.dumps(config))
+    state = _head_state(len(taps), seed)
+    save_file(state, folder / "model.safetensors")
+    if sidecar:
+        # The loader compares in the dtype of the checkpoint, so the fingerprint is that of the stored embedding.
+        from safetensors import safe_open
+
+        from jetflow_cluster.models.sidecar import SideCar, SideCarConfig, fingerprint, save_sidecar
+
+        with safe_open(target / "model.safetensors", framework="pt") as file:
+            embedding = file.get_tensor("model.embed_tokens.weight")
+        sidecar_config = SideCarConfig(
+            rank=4,
+            width=16,
+            target_fingerprint=fingerprint({"embedding": embedding}),
+            head_fingerprint=fingerprint(state),
+        )
+        save_sidecar(folder, SideCar(sidecar_config, *(torch.randn(raw["vocab_size"], 4) * 0.3 for _ in range(2))))
+    return folder
+
+
+def _head_state(num_taps: int, seed: int) -> dict[str, torch.Tensor]:
+    """Random tensors under the published names."""
+    hidden, heads, kv_heads, dim = 32, 4, 2, 16
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float32) * 0.3
 
-    state = {"fc.weight": matrix(hidden, hidden * len(taps)), "hidden_norm.weight": torch.ones(hidden)}
+    state = {"fc.weight": matrix(hidden, hidden * num_taps), "hidden_norm.weight": torch.ones(hidden)}
     state["norm.weight"] = torch.ones(hidden)
     for i in range(2):
         layer = f"layers.{i}."
@@ -112,20 +134,4 @@ def write_head(
             layer + "mlp.up_proj.weight": matrix(48, hidden),
             layer + "mlp.down_proj.weight": matrix(hidden, 48),
         }
-    save_file(state, folder / "model.safetensors")
-    if sidecar:
-        # The loader compares in the dtype of the checkpoint, so the fingerprint is that of the stored embedding.
-        from safetensors import safe_open
-
-        from jetflow_cluster.models.sidecar import SideCar, SideCarConfig, fingerprint, save_sidecar
-
-        with safe_open(target / "model.safetensors", framework="pt") as file:
-            embedding = file.get_tensor("model.embed_tokens.weight")
-        sidecar_config = SideCarConfig(
-            rank=4,
-            width=16,
-            target_fingerprint=fingerprint({"embedding": embedding}),
-            head_fingerprint=fingerprint(state),
-        )
-        save_sidecar(folder, SideCar(sidecar_config, matrix(raw["vocab_size"], 4), matrix(raw["vocab_size"], 4)))
-    return folder
+    return state
