@@ -1,6 +1,6 @@
 """Attention of prompt chunks, single tokens and trees over paged KV: plan once per batch, run once per layer."""
 
-from jetflow_kernels.tree_attention.cpu import tree_attention_cpu as tree_attention
+from jetflow_kernels.tree_attention.dispatch import tree_attention
 from jetflow_kernels.tree_attention.plan import TreeAttentionPlan, plan_tree_attention
 from jetflow_kernels.tree_attention.reference import tree_attention_reference
 

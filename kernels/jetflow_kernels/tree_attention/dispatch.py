@@ -1,0 +1,52 @@
+"""Which implementation serves a device."""
+
+from __future__ import annotations
+
+import torch
+
+from jetflow_kernels.tree_attention.cpu import tree_attention_cpu
+from jetflow_kernels.tree_attention.plan import TreeAttentionPlan
+
+#: `cpu.py` is plain torch, so it serves CUDA as well.
+_IMPLEMENTATIONS = {"cpu": tree_attention_cpu, "cuda": tree_attention_cpu}
+
+
+def tree_attention(
+    plan: TreeAttentionPlan, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *, scale: float
+) -> torch.Tensor:
+    """Attention of every row to its request's context, itself and its ancestors.
+
+    Args:
+        plan: of this batch; the same one serves all layers.
+        q: ``[T, num_heads, head_dim]`` in fp64, fp32, bf16 or fp16; rows may be strided.
+        k_pages: ``[num_pages, page_size, num_kv_heads, head_dim]``, contiguous, of q's dtype and device; K of the
+            batch's own rows is stored already. Slots that no row may see are never read into a result, NaN or not.
+        v_pages: as `k_pages`.
+        scale: factor of the scores, as a rule ``head_dim ** -0.5``.
+
+    Returns:
+        ``[T, num_heads, head_dim]``, new, of q's dtype. Scores and sums of half types are fp32 at least.
+
+    Raises:
+        ValueError: shapes that do not fit the plan, or tensors of different dtypes or devices.
+        NotImplementedError: a device that nothing here serves; the message names it.
+    """
+    run = _IMPLEMENTATIONS.get(q.device.type)
+    if run is None:
+        served = ", ".join(_IMPLEMENTATIONS)
+        raise NotImplementedError(f"tree_attention does not run on device {str(q.device)!r}, only on: {served}")
+    num_rows, num_heads, head_dim = q.shape
+    num_kv_heads = k_pages.shape[2]
+    if num_rows != plan.num_rows or k_pages.shape != v_pages.shape or k_pages.shape[1] != plan.page_size:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k_pages {tuple(k_pages.shape)}, v_pages {tuple(v_pages.shape)} do not fit a plan of "
+            f"{plan.num_rows} rows and pages of {plan.page_size}"
+        )
+    if num_heads % num_kv_heads or head_dim != k_pages.shape[3]:
+        raise ValueError(f"q {tuple(q.shape)} and pages {tuple(k_pages.shape)} disagree on heads or head_dim")
+    if not (q.dtype == k_pages.dtype == v_pages.dtype and q.device == k_pages.device == v_pages.device):
+        raise ValueError(
+            f"q is {q.dtype} on {q.device}, k_pages {k_pages.dtype} on {k_pages.device}, "
+            f"v_pages {v_pages.dtype} on {v_pages.device}"
+        )
+    return run(plan, q, k_pages, v_pages, scale=scale)
