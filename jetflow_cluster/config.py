@@ -21,6 +21,9 @@ class EngineConfig:
     draft_head: str | None = None
     #: Compute type of weights and KV cache; ``auto`` takes the checkpoint's.
     dtype: str = "auto"
+    #: Compute type of the draft head; ``auto`` is the target's, or bf16 beside a fp32 target on a CPU that has it. Any
+    #: type is lossless.
+    draft_dtype: str = "auto"
     #: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     device: str = "auto"
     #: Shards of the target. An in-process engine runs one; the served cluster runs more.
@@ -43,6 +46,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype = {self.dtype!r}: must be one of {', '.join(DTYPES)}")
+        if self.draft_dtype not in DTYPES:
+            raise ValueError(f"draft_dtype = {self.draft_dtype!r}: must be one of {', '.join(DTYPES)}")
         if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
             raise ValueError(f"device = {self.device!r}: must be auto, cpu, cuda or cuda:N")
         if self.tensor_parallel_size != 1:

@@ -47,13 +47,13 @@ class HeadDrafter:
             page_size=page_size,
             num_kv_heads=head.num_local_kv_heads,
             head_dim=config.head_dim,
-            dtype=target.dtype,
+            dtype=head.dtype,
             device=target.device,
         )
 
     def fuse(self, taps: torch.Tensor) -> torch.Tensor:
         """Fused hidden vectors ``[n, hidden_size]`` of taps ``[n, num_taps * hidden_size]``."""
-        return self.head.fuse(taps)
+        return self.head.fuse(taps.to(self.head.dtype))
 
     def absorb(self, requests: Sequence[Request]) -> None:
         """Projects all pending fused vectors of these requests into their draft pages, in one pass."""
@@ -139,6 +139,7 @@ class HeadDrafter:
                 is_chain=[True] * len(requests),
             ),
         )
-        hidden = self.head.forward(self._target.embed(batch.token_ids), batch, self.kv)
+        embeds = self._target.embed(batch.token_ids).to(self.head.dtype)
+        hidden = self.head.forward(embeds, batch, self.kv).to(self._target.dtype)
         guesses = hidden.view(len(requests), num_slots, -1)[:, 1:].flatten(0, 1)
         return self._target.compute_logits(guesses).view(len(requests), num_slots - 1, -1)

@@ -74,7 +74,8 @@ def load_engine(
     if drafter_factory is not None:
         drafter = drafter_factory(target, num_pages, config.page_size)
     elif head_dir is not None:
-        head = load_draft_head(head_dir, target, dtype=target.dtype, device=device, tp=TpGroup.single())
+        draft_dtype = _draft_dtype(config.draft_dtype, target)
+        head = load_draft_head(head_dir, target, dtype=draft_dtype, device=device, tp=TpGroup.single())
         sidecar = load_sidecar(head_dir, target, device=device)
         drafter = HeadDrafter(head, sidecar, target, num_pages=num_pages, page_size=config.page_size)
     pool = PagePool(num_pages)
@@ -110,6 +111,14 @@ def _checkpoints(config: EngineConfig) -> tuple[Path, Path | None]:
         raise FileNotFoundError(f"model = None: the embedded default is not installed at {target}")
     head = resolve_checkpoint(config.draft_head) if config.draft_head else DEFAULT_CHECKPOINT / "draft_head"
     return target, head
+
+
+def _draft_dtype(name: str, target: TargetModel) -> torch.dtype:
+    if name != "auto":
+        found: torch.dtype = getattr(torch, name)
+        return found
+    has_bf16 = target.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_bf16 and target.dtype is torch.float32 else target.dtype
 
 
 def _device(name: str) -> str:

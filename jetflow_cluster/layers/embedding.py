@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jetflow_cluster.layers.inference_module import InferenceModule
-from jetflow_cluster.layers.linear import Piece
+from jetflow_cluster.layers.linear import Piece, project
 from jetflow_cluster.parallel.shard import even_slice
 from jetflow_cluster.parallel.tp_group import TpGroup
 
@@ -53,7 +53,7 @@ class ParallelLmHead(InferenceModule):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        return self._tp.all_gather_last_dim(F.linear(hidden, self.weight))
+        return self._tp.all_gather_last_dim(project(hidden, self.weight))
 
     def pieces(self) -> Iterator[Piece]:
         """What to read from a checkpoint."""

@@ -148,6 +148,11 @@ class DraftHead(InferenceModule):
         """KV heads of this rank."""
         return self._stack[0].attention.num_kv_heads
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of weights, activations and KV."""
+        return self.fc.weight.dtype
+
     def fuse(self, taps: torch.Tensor) -> torch.Tensor:
         """Taps ``[N, num_taps * hidden_size]`` to fused hidden vectors ``[N, hidden_size]``."""
         fused: torch.Tensor = self.hidden_norm(self.fc(taps))
