@@ -193,9 +193,11 @@ class _Comparison:
             if (source, self._config.width) in self._tables:
                 tables = self._tables[source, self._config.width]
                 nodes = self._depth + 1
-                rows.append(
-                    self._row(name, [walk(self._texts, lambda p, at, _, t=tables: chain_tree(t[p][at]), (nodes,))])
-                )  # type: ignore[misc]
+
+                def chain(p: int, at: int, _: int, tables: Any = tables) -> DraftTree:
+                    return chain_tree(tables[p][at])
+
+                rows.append(self._row(name, [walk(self._texts, chain, (nodes,))]))
         full = self._tables[plain, self._config.width]
         if self._texts.temperature == 0:
             draft = lambda p, at, n: full_width_tree(full[p][at], n)  # noqa: E731

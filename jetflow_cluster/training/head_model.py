@@ -193,6 +193,7 @@ class TrainableHead(nn.Module):
             block_bias = block_bias.masked_fill(later, -1e9)
         x = embeds
         for layer in self.layers:
+            assert isinstance(layer, _Layer)
             inner = layer.input_layernorm(x)
             x = x + layer.self_attn(inner, context, block_angles, context_angles, context_bias, block_bias)
             x = x + layer.mlp(layer.post_attention_layernorm(x))

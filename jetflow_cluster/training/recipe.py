@@ -57,8 +57,8 @@ def run(folder: Path, *, target_minutes: float, head_minutes: float, comparison_
     device = "cuda" if torch.cuda.is_available() else "cpu"
     corpus.build(folder / "corpus")
     if not (folder / "report.json").exists():
-        config = PretrainConfig(corpus_dir=folder / "corpus", output_dir=folder, max_minutes=target_minutes)
-        pretrain(config, device=device)
+        target = PretrainConfig(corpus_dir=folder / "corpus", output_dir=folder, max_minutes=target_minutes)
+        pretrain(target, device=device)
     write_held_out_prompts(folder / "held_out_prompts.json", folder / "corpus", folder / "target")
     config = head_config(folder, head_minutes)
     head = _timed(folder, "head", lambda: distill(config, device=device))
@@ -149,7 +149,7 @@ def _windows_of(name: str, text: str, tokenizer: Any, rng: np.random.Generator) 
         if tokenizer.encode(prompt, add_special_tokens=False).ids == ids[:PROMPT_TOKENS] and "�" not in prompt:
             prompts.append({"name": f"{name}:{at + 1}", "text": prompt, "token_ids": ids[:PROMPT_TOKENS]})
         at += prompt.count("\n") + int(rng.integers(1, 12))
-    rng.shuffle(prompts)  # type: ignore[arg-type]
+    rng.shuffle(prompts)
     return prompts
 
 

@@ -210,7 +210,7 @@ def _use_fast_decoding(model: Any) -> None:
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         if query.shape[2] > 1:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         bias = None
         if attention_mask is not None:
             seen = attention_mask if attention_mask.dtype is torch.bool else attention_mask >= 0

@@ -6,6 +6,7 @@ import csv
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -205,7 +206,7 @@ def sidecar_acceptance(head_dir: Path, config: DistillConfig, rollouts: Rollouts
 
     head = load_head(head_dir)
     texts = rollouts or held_out_rollouts(config, prepare(config)[0])
-    found = {}
+    found: dict[str, Any] = {}
     for name, sidecar in (("plain", None), ("side-car", read_sidecar(head_dir))):
         tables = [
             tables_along(head_logits(head, texts, p), texts, p, width=16, sidecar=sidecar and sidecar.correction)
