@@ -67,13 +67,23 @@ class PagePool:
         return pages
 
     def retain(self, page: int) -> None:
-        """One more request holds a used or cached page."""
+        """One more request holds a used or cached page.
+
+        Raises:
+            ValueError: the page is free.
+        """
         if self._references[page] == 0:
+            if page not in self._cached:
+                raise ValueError(f"page {page} is free")
             del self._cached[page]
         self._references[page] += 1
 
     def release(self, page: int) -> None:
-        """One request fewer holds the page."""
+        """One request fewer holds the page. Of the pages of a prefix the last goes first, as eviction keeps the order.
+
+        Raises:
+            ValueError: nobody holds it.
+        """
         if self._references[page] < 1:
             raise ValueError(f"page {page} is not used")
         self._references[page] -= 1
@@ -84,7 +94,13 @@ class PagePool:
                 heapq.heappush(self._free, page)
 
     def know(self, page: int) -> None:
-        """The prefix cache keeps a used page once no request holds it."""
+        """The prefix cache keeps a used page once no request holds it.
+
+        Raises:
+            ValueError: the page is free.
+        """
+        if self._references[page] == 0 and page not in self._cached:
+            raise ValueError(f"page {page} is free")
         self._known.add(page)
 
     def forget(self, page: int) -> None:
@@ -105,5 +121,6 @@ class PagePool:
         assert len(free) == len(self._free)
         assert not (free & cached or free & used or cached & used)
         assert len(free) + len(cached) + len(used) == self.num_pages
-        assert cached <= self._known
-        assert not free & self._known
+        assert (self.num_free, self.num_cached, self.num_used) == (len(free), len(cached), len(used))
+        assert cached <= self._known <= cached | used
+        assert min(self._references) >= 0

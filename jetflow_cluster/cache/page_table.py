@@ -31,17 +31,14 @@ class PageTable:
         self.pages = list(pages)
 
     def shrink(self, num_tokens: int) -> None:
-        """Gives back the pages behind `num_tokens`."""
+        """Gives back the pages behind `num_tokens`, the last first, so that a prefix is evicted behind what follows."""
         keep = -(-num_tokens // self.page_size)
-        for page in self.pages[keep:]:
-            self._pool.release(page)
-        del self.pages[keep:]
+        while len(self.pages) > keep:
+            self._pool.release(self.pages.pop())
 
     def release_all(self) -> None:
-        """Gives all pages back, the last first, so that a prefix is evicted behind what follows it."""
-        for page in reversed(self.pages):
-            self._pool.release(page)
-        self.pages.clear()
+        """Gives all pages back; a second call does nothing."""
+        self.shrink(0)
 
     def slots(self, start: int, stop: int) -> list[int]:
         """Slots of the positions ``[start, stop)``."""

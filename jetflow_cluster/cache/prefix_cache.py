@@ -10,7 +10,11 @@ from jetflow_cluster.cache.page_pool import PagePool
 
 
 class PageKeys:
-    """Chained keys of a request's full pages: key i depends on all tokens up to the end of page i."""
+    """Chained keys of a request's full pages: key i depends on all tokens up to the end of page i.
+
+    Key i is the 16-byte blake2b hash of key i - 1 (of the hashed salt, for the first page) and the page's token ids
+    as int32. A page is hashed once.
+    """
 
     def __init__(self, page_size: int, salt: bytes = b""):
         self._page_size = page_size
@@ -22,13 +26,18 @@ class PageKeys:
         size = self._page_size
         for index in range(len(self._keys), len(token_ids) // size):
             previous = self._keys[-1] if self._keys else self._seed
-            tokens = array("q", token_ids[index * size : (index + 1) * size]).tobytes()
+            tokens = array("i", token_ids[index * size : (index + 1) * size]).tobytes()
             self._keys.append(hashlib.blake2b(previous + tokens, digest_size=16).digest())
         return self._keys[: len(token_ids) // size]
 
 
 class PrefixCache:
-    """Knows which page holds which prefix. A page it knows is never written to again."""
+    """Knows which page holds which prefix. A page it knows is never written to again.
+
+    Pages that no request holds are evicted in the order in which they were released, so the last page of a prefix,
+    released first, goes before those that it builds on. Where an earlier page goes all the same (another request's copy
+    of it was the known one), what follows is not found until that page is known again, and is evicted in its turn.
+    """
 
     def __init__(self, pool: PagePool, page_size: int):
         self._pool = pool
@@ -62,21 +71,32 @@ class PrefixCache:
         """Notes a full committed page that a request holds, or that its draft context is now complete.
 
         Of two pages with the same key the first stays, unless only the second has draft context.
+
+        Raises:
+            ValueError: the page is known by another key, or free.
         """
+        if self._key_of.get(page, key) != key:
+            raise ValueError(f"page {page} holds another prefix")
         known = self._page_of.get(key)
         if known is not None and known != page:
             if not draft_valid or known in self._draft_valid:
                 return
             self._drop(known)
             self._pool.forget(known)
+        self._pool.know(page)
         self._page_of[key] = page
         self._key_of[page] = key
-        self._pool.know(page)
         if draft_valid:
             self._draft_valid.add(page)
 
     def clear(self) -> None:
-        """Forgets everything, as behind a change of weights."""
+        """Forgets everything, as behind a change of weights.
+
+        Raises:
+            RuntimeError: requests hold pages; they would share what they compute from void ones.
+        """
+        if self._pool.num_used:
+            raise RuntimeError(f"{self._pool.num_used} pages are in use; end or preempt all requests first")
         for page in list(self._key_of):
             self._drop(page)
             self._pool.forget(page)
