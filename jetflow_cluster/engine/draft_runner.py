@@ -98,6 +98,7 @@ class HeadDrafter:
             anchor_ids=[item.request.token_ids[-1] for item in items],
             sampling=[self._sampling(item) for item in items],
             sidecar=self.sidecar.correction if self.sidecar is not None else None,
+            scales=self.sidecar.config.scales or None if self.sidecar is not None else None,
         )
         for i, table in zip(chosen, made, strict=True):
             tables[i] = table

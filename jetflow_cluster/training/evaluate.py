@@ -170,6 +170,7 @@ class _Comparison:
                             width=width,
                             coupled=coupled,
                             sidecar=sidecar.correction if corrected and sidecar is not None else None,
+                            scales=sidecar.config.scales or None if coupled and corrected and sidecar else None,
                         )
                         self._tables.setdefault((row, width), []).append(tables)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from jetflow_cluster.training.corpus import END_OF_TEXT, MASK_TOKEN, MIXTURE, VOCAB_SIZE
+from jetflow_cluster.training.loops import discourage_loops
 from jetflow_cluster.training.optim import Optimizer, Progress, lr_factor
 
 END_OF_TEXT_ID = 0
@@ -30,9 +32,11 @@ class PretrainConfig:
     #: Folder for the training state and, at the end, the checkpoint in ``target/``.
     output_dir: Path
     #: Tokens of the whole run; the schedule ends there or at `max_minutes`.
-    max_tokens: int = 16_000_000
+    max_tokens: int = 40_000_000
     #: Minutes of the whole run, interrupted parts included.
     max_minutes: float = 60.0
+    #: Minutes of `discourage_loops` behind it; 0 leaves it out.
+    loop_minutes: float = 10.0
     #: Hidden size of the model.
     hidden_size: int = 384
     #: Decoder layers.
@@ -51,17 +55,30 @@ class PretrainConfig:
     learning_rates: tuple[float, float] = (0.02, 3e-3)
     #: Where linear decay to zero starts.
     decay_from: float = 0.4
+    #: Windows with a smaller share of distinct 4-grams are not trained on: they teach a small model to loop.
+    least_distinct_4grams: float = 0.6
     #: Seed of weights and data order.
     seed: int = 0
 
 
-class _Windows:
-    """Random windows of the training part; window `i` of a run is a pure function of the seed."""
+def distinct_4grams(ids: Sequence[int] | np.ndarray) -> float:
+    """Share of distinct 4-grams among all of one text; 1 for texts without any."""
+    ids = np.asarray(ids, dtype=np.int64)
+    if len(ids) < 4:
+        return 1.0
+    grams = np.lib.stride_tricks.sliding_window_view(ids, 4)
+    return len(np.unique(grams @ (1 << np.array([48, 32, 16, 0])))) / len(grams)
 
-    def __init__(self, corpus_dir: Path, seed: int):
-        self._parts = [np.memmap(corpus_dir / f"train.{s}.bin", dtype=np.uint16, mode="r") for s in MIXTURE]
+
+class _Windows:
+    """Random windows of the training part; the windows of a step are a pure function of the seed."""
+
+    def __init__(self, config: PretrainConfig):
+        folder = config.corpus_dir
+        self._parts = [np.memmap(folder / f"train.{s}.bin", dtype=np.uint16, mode="r") for s in MIXTURE]
         self._shares = np.array(list(MIXTURE.values()))
-        self._seed = seed
+        self._least_distinct = config.least_distinct_4grams
+        self._seed = config.seed
 
     def batch(self, step: int, rows: int, length: int) -> torch.Tensor:
         """int64 ids ``[rows, length]``."""
@@ -69,8 +86,11 @@ class _Windows:
         out = np.empty((rows, length), dtype=np.int64)
         for i, which in enumerate(rng.choice(len(self._parts), size=rows, p=self._shares)):
             part = self._parts[which]
-            start = int(rng.integers(0, len(part) - length))
-            out[i] = part[start : start + length]
+            while True:
+                start = int(rng.integers(0, len(part) - length))
+                out[i] = part[start : start + length]
+                if distinct_4grams(out[i]) >= self._least_distinct:
+                    break
         return torch.from_numpy(out)
 
 
@@ -155,7 +175,7 @@ def pretrain(config: PretrainConfig, *, device: str = "cpu", state_every_s: floa
         optimizer.load_state_dict(state["optimizer"])
         step, progress.tokens, progress.spent_s = state["step"], state["tokens"], state["spent_s"]
         console.print(f"resumed at step {step}, {progress.tokens / 1e6:.2f} M tokens")
-    windows = _Windows(config.corpus_dir, config.seed)
+    windows = _Windows(config)
     loss_of = torch.compile(_token_loss, dynamic=False)
     saved_at = shown_at = progress.seconds()
     running = math.nan
@@ -183,7 +203,8 @@ def pretrain(config: PretrainConfig, *, device: str = "cpu", state_every_s: floa
                 saved_at = now
                 _save_state(state_path, model, optimizer, step, progress)
     _save_state(state_path, model, optimizer, step, progress)
-    return _save_checkpoint(config, model, progress)
+    repeated = discourage_loops(model, windows.batch, max_minutes=config.loop_minutes, device=device)
+    return _save_checkpoint(config, model, progress, repeated)
 
 
 def _save_state(path: Path, model: Any, optimizer: Optimizer, step: int, progress: Progress) -> None:
@@ -194,7 +215,7 @@ def _save_state(path: Path, model: Any, optimizer: Optimizer, step: int, progres
     scratch.replace(path)
 
 
-def _save_checkpoint(config: PretrainConfig, model: Any, progress: Progress) -> Path:
+def _save_checkpoint(config: PretrainConfig, model: Any, progress: Progress, repeated: list[float]) -> Path:
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
     with torch.no_grad():
@@ -218,6 +239,8 @@ def _save_checkpoint(config: PretrainConfig, model: Any, progress: Progress) -> 
     report = {
         "tokens": progress.tokens,
         "minutes": round(progress.seconds() / 60, 1),
+        "loop_minutes": config.loop_minutes,
+        "share_of_repeated_tokens": [round(share, 4) for share in repeated],
         "bits_per_byte": {
             source: round(bits_per_byte(model, config.corpus_dir, "test", source, 75_000), 4) for source in MIXTURE
         },

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from jetflow_cluster.training.corpus import MIXTURE, function_headers
-from jetflow_cluster.training.pretrain import bits_per_byte
+from jetflow_cluster.training.pretrain import bits_per_byte, distinct_4grams
 from jetflow_cluster.training.regenerate import continue_prompts, load_causal_lm, load_tokenizer
 
 END_OF_TEXT_ID = 0
@@ -63,12 +63,6 @@ def parses(header: str, continuation: str) -> bool:
     except (SyntaxError, ValueError):
         return False
     return True
-
-
-def distinct_4grams(ids: list[int]) -> float:
-    """Share of distinct 4-grams among all of one text; 1 for texts without any."""
-    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
-    return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def continuations(target: Path, corpus_dir: Path, *, num: int, num_tokens: int) -> list[dict[str, Any]]:

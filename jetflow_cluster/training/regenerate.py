@@ -124,7 +124,7 @@ def regenerate(config: RegenerateConfig, *, device: str = "cpu") -> Sequences:
         starts = np.zeros(len(prompts), dtype=np.int64)
     model = load_causal_lm(config.target, torch.bfloat16, device)
     if device == "cpu":
-        _use_fast_decoding(model)
+        use_fast_decoding(model)
     path = config.output_dir / "tokens.bin"
     have = path.stat().st_size // (4 * length) if path.exists() else 0
     have = min(have, len(prompts)) // config.batch_size * config.batch_size
@@ -198,7 +198,7 @@ def _attend_one(
     return (weights[..., None] * v[:, :, None].float()).sum(-2).to(q.dtype).view(q.shape[0], 1, q.shape[1], q.shape[3])
 
 
-def _use_fast_decoding(model: Any) -> None:
+def use_fast_decoding(model: Any) -> None:
     """On CPU, `scaled_dot_product_attention` of single queries takes three times as long as its memory traffic."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask

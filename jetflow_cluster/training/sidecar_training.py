@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from jetflow_cluster.training.regenerate import load_causal_lm
 from jetflow_cluster.training.simulate import Rollouts, head_logits, tables_along, walk
 from jetflow_cluster.tree.build import build_trees
 
+#: Divisors among which `calibrate_scales` chooses.
+SCALES = tuple(round(0.5 + 0.05 * i, 2) for i in range(31))
+
 
 @dataclass(frozen=True, kw_only=True)
 class SideCarTrainingConfig:
@@ -33,8 +37,9 @@ class SideCarTrainingConfig:
     head: Path
     #: Columns of the factors.
     rank: int = 64
-    #: Candidates per depth that are corrected.
+    #: Candidates per depth that are corrected in use, and in training.
     width: int = 16
+    train_width: int = 32
     #: Blocks whose guesses are gathered, and the most minutes for that.
     max_blocks: int = 400_000
     max_gather_minutes: float = 2.5
@@ -54,9 +59,10 @@ class Guesses:
 
     #: int64 ``[N]``.
     parents: torch.Tensor
-    #: int32 ``[N, width]``.
+    #: int32 ``[N, train_width]``.
     children: torch.Tensor
-    #: Log-probabilities of head and target over the candidates and, last, all other tokens, fp32 ``[N, width + 1]``.
+    #: Log-probabilities of head and target over the candidates and, last, all other tokens,
+    #: fp32 ``[N, train_width + 1]``.
     head: torch.Tensor
     target: torch.Tensor
 
@@ -67,75 +73,123 @@ def train_sidecar(config: SideCarTrainingConfig, *, device: str = "cpu") -> Path
     Writes ``sidecar.csv`` (step, KL before and behind the correction) to the distillation's folder as well.
     """
     console = Console()
+    torch.manual_seed(config.seed)
     head = load_head(config.head)
     model = load_causal_lm(config.distill.target, torch.float32)
     embedding = model.get_input_embeddings().weight.detach()
     started = time.monotonic()
-    guesses = gather_guesses(config, head, embedding, model.lm_head.weight.detach(), device=device)
+    blocks = _random_blocks(config, head, embedding, model.lm_head.weight.detach(), device=device)
+    guesses = gather_guesses(config, blocks)
     console.print(f"{len(guesses.parents)} guesses in {time.monotonic() - started:.0f} s")
     config.distill.output_dir.mkdir(parents=True, exist_ok=True)
     sidecar = fit(config, guesses, embedding.shape[0], config.distill.output_dir / "sidecar.csv")
+    scales = calibrate_scales(blocks, *(sidecar[name].to(device) for name in ("parent", "child")))
+    console.print(f"scales of noised scores by depth: {', '.join(map(str, scales))}", highlight=False)
     state = dict(load_head(config.head).state_dict())
     described = SideCarConfig(
         rank=config.rank,
         width=config.width,
         target_fingerprint=fingerprint({"embedding": embedding}),
         head_fingerprint=fingerprint(state),
+        scales=scales,
     )
     save_sidecar(config.head, SideCar(described, sidecar["parent"], sidecar["child"]))
     return config.head
 
 
-@torch.inference_mode()
-def gather_guesses(
+@dataclass(frozen=True, kw_only=True)
+class _Blocks:
+    """Random blocks of the training sequences as the frozen head and the target see them; B of them, D depths, row
+    d - 1 is depth d."""
+
+    #: Log-probabilities of head and target (behind the text as it is), fp32 ``[B, D, V]``.
+    head: torch.Tensor
+    target: torch.Tensor
+    #: The token before each depth, int64 ``[B, D]``.
+    parents: torch.Tensor
+    #: Whether the sequence goes that far, bool ``[B, D]``.
+    valid: torch.Tensor
+
+
+def _random_blocks(
     config: SideCarTrainingConfig, head: TrainableHead, embedding: torch.Tensor, output: torch.Tensor, *, device: str
-) -> Guesses:
-    """Runs the frozen head over random blocks of the training sequences."""
+) -> Iterator[_Blocks]:
+    """Endless; sequences and anchors as in the head's training."""
     sequences, features = prepare(config.distill, device=device)
     head = head.to(device).eval()
-    size, num_anchors, per_step = head.config.block_size, config.distill.num_anchors, config.distill.num_sequences
+    size, num_anchors, num_rows = head.config.block_size, config.distill.num_anchors, config.distill.num_sequences
     angles = head.angles(sequences.length + size, torch.device(device))
     low_embedding, low_output = (t.to(device, torch.bfloat16) for t in (embedding, output))
-    steps = torch.arange(1, size, device=device)
-
-    def guess(
-        taps: torch.Tensor, final: torch.Tensor, ids: torch.Tensor, anchors: torch.Tensor, starts: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        blocks = torch.full((*anchors.shape, size), head.config.mask_token_id, device=device)
-        blocks = torch.cat((ids.gather(1, anchors)[:, :, None], blocks[:, :, 1:]), -1)
-        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
-            hidden = head(taps, low_embedding[blocks].float(), anchors, starts, angles)[:, :, 1:]
-        own = (hidden.to(low_output.dtype) @ low_output.T).float().log_softmax(-1)
-        theirs = (final @ low_output.T).float().log_softmax(-1)
-        values, best = own.topk(config.width)
-        before = anchors[:, :, None] + steps[1:] - 1
-        before = before.clamp(max=ids.shape[1] - 1)
-        flat = before.flatten(1)
-        rows = theirs.gather(1, flat[:, :, None].expand(-1, -1, theirs.shape[-1])).view(*best.shape[:3], -1)
-        return values, best, rows.gather(-1, best), ids.gather(1, flat).view_as(before), before
-
     rng = np.random.default_rng((config.seed, 99))
-    deadline = time.monotonic() + 60 * config.max_gather_minutes
-    parts: list[tuple[torch.Tensor, ...]] = []
-    blocks = 0
-    while blocks < config.max_blocks and (time.monotonic() < deadline or not parts):
+    while True:
         share = config.distill.regenerated_share if len(sequences) > sequences.num_regenerated else 1.0
-        own_rows = rng.integers(0, sequences.num_regenerated, per_step)
-        windows = rng.integers(min(sequences.num_regenerated, len(sequences) - 1), len(sequences), per_step)
-        rows = np.where(rng.random(per_step) < share, own_rows, windows)
+        own_rows = rng.integers(0, sequences.num_regenerated, num_rows)
+        windows = rng.integers(min(sequences.num_regenerated, len(sequences) - 1), len(sequences), num_rows)
+        rows = np.where(rng.random(num_rows) < share, own_rows, windows)
         first, last = sequences.first[rows, None], sequences.last[rows, None]
-        at = (np.arange(num_anchors) + rng.random((per_step, num_anchors))) / num_anchors
+        at = (np.arange(num_anchors) + rng.random((num_rows, num_anchors))) / num_anchors
         anchors = torch.from_numpy(first + np.floor(at * (last - first + 1)).astype(np.int64)).to(device)
         ids = torch.from_numpy(sequences.tokens[rows].astype(np.int64)).to(device)
-        taps, final = features.taps(rows).to(device), features.final(rows).to(device)
-        values, best, teacher, parents, before = guess(
-            taps, final, ids, anchors, torch.from_numpy(sequences.starts[rows]).to(device)
+        starts = torch.from_numpy(sequences.starts[rows]).to(device)
+        blocks = torch.full((*anchors.shape, size), head.config.mask_token_id, device=device)
+        blocks = torch.cat((ids.gather(1, anchors)[:, :, None], blocks[:, :, 1:]), -1)
+        with torch.inference_mode():
+            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+                hidden = head(features.taps(rows).to(device), low_embedding[blocks].float(), anchors, starts, angles)
+            own = (hidden.to(low_output.dtype) @ low_output.T).float().log_softmax(-1)
+            theirs = (features.final(rows).to(device) @ low_output.T).float().log_softmax(-1)
+        before = anchors[:, :, None] + torch.arange(size - 1, device=device)
+        flat = before.clamp(max=ids.shape[1] - 1).flatten(1)
+        yield _Blocks(
+            head=own.flatten(0, 1),
+            target=theirs.gather(1, flat[:, :, None].expand(-1, -1, theirs.shape[-1])).view(-1, *own.shape[2:]),
+            parents=ids.gather(1, flat).view(-1, size - 1),
+            valid=(before <= torch.from_numpy(last).to(device)[:, :, None]).flatten(0, 1),
         )
-        keep = before <= torch.from_numpy(last).to(device)[:, :, None]
-        parts.append((parents[keep].cpu(), best[keep].int().cpu(), _with_rest(values[keep]), _with_rest(teacher[keep])))
-        blocks += anchors.numel()
+
+
+@torch.inference_mode()
+def gather_guesses(config: SideCarTrainingConfig, blocks: Iterator[_Blocks]) -> Guesses:
+    """Candidates of random blocks: of every other block the most probable, of the rest a draw without replacement,
+    for the candidates of sampled requests are such."""
+    deadline = time.monotonic() + 60 * config.max_gather_minutes
+    parts: list[tuple[torch.Tensor, ...]] = []
+    num_blocks = 0
+    while num_blocks < config.max_blocks and (time.monotonic() < deadline or not parts):
+        found = next(blocks)
+        ranked = found.head[:, 1:].clone()
+        ranked[::2] += _gumbel(ranked[::2])
+        best = ranked.topk(config.train_width).indices
+        keep = found.valid[:, 1:]
+        values, teacher = (_with_rest(rows[:, 1:].gather(-1, best)[keep]) for rows in (found.head, found.target))
+        parts.append((found.parents[:, 1:][keep].cpu(), best[keep].int().cpu(), values, teacher))
+        num_blocks += len(ranked)
     parents, children, own, theirs = (torch.cat(column) for column in zip(*parts, strict=True))
     return Guesses(parents=parents, children=children, head=own, target=theirs)
+
+
+@torch.inference_mode()
+def calibrate_scales(
+    blocks: Iterator[_Blocks], parent: torch.Tensor, child: torch.Tensor, *, num_batches: int = 6
+) -> tuple[float, ...]:
+    """Per depth, the divisor of ``log q + noise`` that makes the token which the target draws with the same noise the
+    most likely one, at temperature 1."""
+    nats = torch.zeros((), dtype=torch.float64)
+    for _ in range(num_batches):
+        found = next(blocks)
+        # A quarter is plenty: every scale takes a softmax over the vocabulary.
+        own, theirs, parents, valid = (t[::4] for t in (found.head, found.target, found.parents, found.valid))
+        noise = _gumbel(own)
+        drawn = (theirs + noise).argmax(-1, keepdim=True)
+        scores = own + noise
+        scores[:, 1:] += parent[parents[:, 1:]] @ child.T
+        by_scale = [(scores / s).log_softmax(-1).gather(-1, drawn)[..., 0] * valid for s in SCALES]
+        nats = nats - torch.stack(by_scale, -1).double().sum(0).cpu()
+    return tuple(SCALES[i] for i in nats.argmin(-1).tolist())
+
+
+def _gumbel(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(like).exponential_().log_().neg_()
 
 
 def _with_rest(logprobs: torch.Tensor) -> torch.Tensor:
