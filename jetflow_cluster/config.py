@@ -50,9 +50,7 @@ class EngineConfig:
             raise ValueError(f"draft_dtype = {self.draft_dtype!r}: must be one of {', '.join(DTYPES)}")
         if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
             raise ValueError(f"device = {self.device!r}: must be auto, cpu, cuda or cuda:N")
-        if self.tensor_parallel_size != 1:
-            raise ValueError(f"tensor_parallel_size = {self.tensor_parallel_size}: an in-process engine runs 1 shard")
-        for name in ("page_size", "max_num_batched_tokens", "max_num_requests"):
+        for name in ("tensor_parallel_size", "page_size", "max_num_batched_tokens", "max_num_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         for name in ("num_pages", "max_model_len", "max_prompt_chunk"):

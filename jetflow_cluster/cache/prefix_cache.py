@@ -89,6 +89,14 @@ class PrefixCache:
         if draft_valid:
             self._draft_valid.add(page)
 
+    def void_draft_context(self) -> None:
+        """Forgets which pages have draft context, as behind the loss of whoever held it."""
+        self._draft_valid.clear()
+
+    def draft_valid_pages(self) -> list[int]:
+        """Pages that are known to have draft context."""
+        return sorted(self._draft_valid)
+
     def clear(self) -> None:
         """Forgets everything, as behind a change of weights.
 

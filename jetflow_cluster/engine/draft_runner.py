@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,12 +13,32 @@ from jetflow_cluster.engine.batch import chain_parents, page_table_tensor
 from jetflow_cluster.engine.protocols import ScheduledRequest, StepPlan
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.models.batch import ForwardBatch
-from jetflow_cluster.models.draft_head import DraftHead
+from jetflow_cluster.models.draft_head import DraftHead, DraftHeadConfig
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.models.sidecar import SideCar
+from jetflow_cluster.models.target_ends import TargetEnds
 from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.coupled import DraftSampling, candidate_tables
 from jetflow_kernels.tree_attention import plan_tree_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextRows:
+    """Committed tokens on their way into the draft context."""
+
+    #: ``[N, hidden_size]``.
+    fused: torch.Tensor
+    positions: list[int]
+    slots: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftBlocks:
+    """The head's input: for each request its anchor and masks."""
+
+    batch: ForwardBatch
+    #: Rows of each request.
+    num_slots: int
 
 
 class HeadDrafter:
@@ -27,7 +48,7 @@ class HeadDrafter:
         self,
         head: DraftHead,
         sidecar: SideCar | None,
-        target: TargetModel,
+        target: TargetModel | TargetEnds,
         *,
         num_pages: int,
         page_size: int,
@@ -38,6 +59,7 @@ class HeadDrafter:
         self.tap_layer_ids = config.target_layer_ids
         self.max_depth = config.block_size - 1
         self.num_scratch_rows = config.block_size
+        self.epoch = 0
         self._target = target
         self._page_size = page_size
         self._device = target.device
@@ -57,90 +79,133 @@ class HeadDrafter:
 
     def absorb(self, requests: Sequence[Request]) -> None:
         """Projects all pending fused vectors of these requests into their draft pages, in one pass."""
-        fused: list[torch.Tensor] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        for request in requests:
-            count = sum(part.shape[0] for part in request.pending_fused)
-            if count:
-                start = request.draft_len
-                fused += request.pending_fused
-                positions += range(start, start + count)
-                slots += request.pages.slots(start, start + count)
-        if not fused:
-            return
+        rows = take_pending(requests)
+        if rows is not None:
+            self.absorb_rows(rows)
+
+    def absorb_rows(self, rows: ContextRows) -> None:
+        """Projects context rows into their slots."""
         self.head.project_context(
-            torch.cat(fused) if len(fused) > 1 else fused[0],
-            torch.tensor(positions, dtype=torch.int64, device=self._device),
-            torch.tensor(slots, dtype=torch.int64, device=self._device),
+            rows.fused,
+            torch.tensor(rows.positions, dtype=torch.int64, device=self._device),
+            torch.tensor(rows.slots, dtype=torch.int64, device=self._device),
             self.kv,
         )
-        for request in requests:
-            request.draft_len += sum(part.shape[0] for part in request.pending_fused)
-            request.pending_fused.clear()
+
+    def empty_fused(self, num_rows: int) -> torch.Tensor:
+        """Room for fused vectors, ``[num_rows, hidden_size]``."""
+        return torch.empty(num_rows, self.head.config.hidden_size, dtype=self.head.dtype, device=self._device)
 
     def draft(self, plan: StepPlan) -> list[CandidateTable | None]:
         """Tables for the items that may speculate; None for the others."""
         chosen = [i for i, item in enumerate(plan.items) if item.max_tree_nodes > 1]
-        tables: list[CandidateTable | None] = [None] * len(plan.items)
+        found: list[CandidateTable | None] = [None] * len(plan.items)
         if not chosen:
-            return tables
+            return found
         items = [plan.items[i] for i in chosen]
         self.absorb([item.request for item in items])
         depth = max(item.max_depth for item in items)
-        # A causal block may be cut: no slot sees a later one.
-        num_slots = depth + 1 if self.head.config.causal else self.head.config.block_size
-        logits = self._block_logits([item.request for item in items], num_slots)[:, :depth]
-        width = min(MAX_WIDTH, max(item.max_tree_nodes for item in items) - 1)
-        made = candidate_tables(
-            logits,
-            width=width,
+        made = self.tables(
+            self.blocks([item.request for item in items], depth),
+            depth=depth,
+            width=min(MAX_WIDTH, max(item.max_tree_nodes for item in items) - 1),
             anchor_ids=[item.request.token_ids[-1] for item in items],
-            sampling=[self._sampling(item) for item in items],
+            sampling=[draft_sampling(item) for item in items],
+        )
+        for i, table in zip(chosen, made, strict=True):
+            found[i] = table
+        return found
+
+    def tables(
+        self,
+        blocks: DraftBlocks,
+        *,
+        depth: int,
+        width: int,
+        anchor_ids: Sequence[int],
+        sampling: Sequence[DraftSampling | None],
+    ) -> list[CandidateTable]:
+        """One pass of the head over blocks, and what it guesses at the first `depth` depths."""
+        return candidate_tables(
+            self.block_logits(blocks)[:, :depth],
+            width=width,
+            anchor_ids=anchor_ids,
+            sampling=sampling,
             sidecar=self.sidecar.correction if self.sidecar is not None else None,
             scales=self.sidecar.config.scales or None if self.sidecar is not None else None,
         )
-        for i, table in zip(chosen, made, strict=True):
-            tables[i] = table
-        return tables
 
-    @staticmethod
-    def _sampling(item: ScheduledRequest) -> DraftSampling | None:
-        request = item.request
-        if request.params.is_greedy:
-            return None
-        return DraftSampling(
-            temperature=request.params.temperature, seed=request.seed, anchor_position=len(request.token_ids) - 1
-        )
+    def blocks(self, requests: Sequence[Request], depth: int) -> DraftBlocks:
+        """Anchor and masks of each request, as many as guesses of `depth` tokens take."""
+        config = self.head.config
+        return draft_blocks(requests, config, depth, self._page_size, self._device)
 
-    def _block_logits(self, requests: Sequence[Request], num_slots: int) -> torch.Tensor:
+    def block_logits(self, blocks: DraftBlocks) -> torch.Tensor:
         """Logits ``[R, num_slots - 1, vocab_size]`` of the mask slots."""
-        masks = [self.head.config.mask_token_id] * (num_slots - 1)
-        ids = [i for request in requests for i in (request.token_ids[-1], *masks)]
-        positions: list[int] = []
-        slots: list[int] = []
-        parents: list[int] = []
-        for request in requests:
+        embeds = self._target.embed(blocks.batch.token_ids).to(self.head.dtype)
+        hidden = self.head.forward(embeds, blocks.batch, self.kv).to(self._target.dtype)
+        rows = hidden.view(-1, blocks.num_slots, hidden.shape[-1])
+        guesses = rows[:, 1:].flatten(0, 1)
+        return self._target.compute_logits(guesses).view(rows.shape[0], blocks.num_slots - 1, -1)
+
+
+def take_pending(requests: Sequence[Request]) -> ContextRows | None:
+    """The fused vectors that wait, counted as absorbed; None when none do."""
+    fused: list[torch.Tensor] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    for request in requests:
+        count = sum(part.shape[0] for part in request.pending_fused)
+        if count:
             start = request.draft_len
-            positions += range(start, start + num_slots)
-            slots += request.pages.slots(start, start + num_slots)
-            parents += chain_parents(num_slots)
-        device = self._device
-        batch = ForwardBatch(
-            token_ids=torch.tensor(ids, dtype=torch.int64, device=device),
-            positions=torch.tensor(positions, dtype=torch.int64, device=device),
-            slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
-            attention=plan_tree_attention(
-                query_lens=[num_slots] * len(requests),
-                context_lens=[request.draft_len for request in requests],
-                page_table=page_table_tensor([request.pages.pages for request in requests], device),
-                parents=torch.tensor(parents, dtype=torch.int32, device=device),
-                page_size=self._page_size,
-                bidirectional=not self.head.config.causal,
-                is_chain=[True] * len(requests),
-            ),
-        )
-        embeds = self._target.embed(batch.token_ids).to(self.head.dtype)
-        hidden = self.head.forward(embeds, batch, self.kv).to(self._target.dtype)
-        guesses = hidden.view(len(requests), num_slots, -1)[:, 1:].flatten(0, 1)
-        return self._target.compute_logits(guesses).view(len(requests), num_slots - 1, -1)
+            fused += request.pending_fused
+            positions += range(start, start + count)
+            slots += request.pages.slots(start, start + count)
+            request.pending_fused.clear()
+            request.draft_len += count
+    if not fused:
+        return None
+    return ContextRows(fused=torch.cat(fused) if len(fused) > 1 else fused[0], positions=positions, slots=slots)
+
+
+def draft_sampling(item: ScheduledRequest) -> DraftSampling | None:
+    """What drafting must know of a request that samples; None for a greedy one."""
+    request = item.request
+    if request.params.is_greedy:
+        return None
+    return DraftSampling(
+        temperature=request.params.temperature, seed=request.seed, anchor_position=len(request.token_ids) - 1
+    )
+
+
+def draft_blocks(
+    requests: Sequence[Request], config: DraftHeadConfig, depth: int, page_size: int, device: torch.device
+) -> DraftBlocks:
+    """Anchor and masks of each request behind its draft context."""
+    # A causal block may be cut: no slot sees a later one.
+    num_slots = depth + 1 if config.causal else config.block_size
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    parents: list[int] = []
+    for request in requests:
+        start = request.draft_len
+        ids += [request.token_ids[-1]] + [config.mask_token_id] * (num_slots - 1)
+        positions += range(start, start + num_slots)
+        slots += request.pages.slots(start, start + num_slots)
+        parents += chain_parents(num_slots)
+    batch = ForwardBatch(
+        token_ids=torch.tensor(ids, dtype=torch.int64, device=device),
+        positions=torch.tensor(positions, dtype=torch.int64, device=device),
+        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+        attention=plan_tree_attention(
+            query_lens=[num_slots] * len(requests),
+            context_lens=[request.draft_len for request in requests],
+            page_table=page_table_tensor([request.pages.pages for request in requests], device),
+            parents=torch.tensor(parents, dtype=torch.int32, device=device),
+            page_size=page_size,
+            bidirectional=not config.causal,
+            is_chain=[True] * len(requests),
+        ),
+    )
+    return DraftBlocks(batch=batch, num_slots=num_slots)

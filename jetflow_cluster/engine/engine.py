@@ -66,6 +66,7 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self.num_steps = self.num_finished = self.num_generated_tokens = 0
         self._early: list[RequestDelta] = []
+        self._draft_epoch = drafter.epoch if drafter is not None else 0
 
     @property
     def pool(self) -> PagePool:
@@ -110,7 +111,7 @@ class Engine:
         if not plan.items:
             return deltas
         try:
-            tables = self.drafter.draft(plan) if self.drafter and plan.speculates else [None] * len(plan.items)
+            tables = self._draft(plan)
             trees = self.tree_builder(plan, tables)
             batch = build_batch(plan, trees, self.target.page_size, self.target.device)
             verified = self._verify(plan, batch)
@@ -141,6 +142,24 @@ class Engine:
             num_finished=self.num_finished,
             num_generated_tokens=self.num_generated_tokens,
         )
+
+    def _draft(self, plan: StepPlan) -> Sequence[CandidateTable | None]:
+        if self.drafter is None or not plan.speculates:
+            return [None] * len(plan.items)
+        tables = self.drafter.draft(plan)
+        self._note_lost_context()
+        return tables
+
+    def _note_lost_context(self) -> None:
+        """Behind the loss of the drafter's context: nobody may rely on what is no more."""
+        epoch = self.drafter.epoch if self.drafter is not None else 0
+        if epoch == self._draft_epoch:
+            return
+        self._draft_epoch = epoch
+        for request in self.requests.values():
+            request.lose_draft_context()
+        if self.prefix_cache is not None:
+            self.prefix_cache.void_draft_context()
 
     def _verify(self, plan: StepPlan, batch: StepBatch) -> _Verified:
         reads_taps = self.drafter is not None and any(item.request.wants_speculation for item in plan.items)
@@ -286,6 +305,7 @@ class Engine:
             return
         if request.num_computed // self.target.page_size > request.draft_len // self.target.page_size:
             self.drafter.absorb([request])
+            self._note_lost_context()
             self._share_pages(request)
 
     def _drop(self, request: Request) -> None:

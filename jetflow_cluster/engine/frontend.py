@@ -20,6 +20,8 @@ from jetflow_cluster.engine.loading import DrafterFactory, LoadedEngine, load_en
 from jetflow_cluster.engine.protocols import TreeBuilder
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.warmup import warm_up
+from jetflow_cluster.parallel.channel import LeaderChannel
+from jetflow_cluster.parallel.tp_group import TpGroup
 from jetflow_cluster.types import InvalidRequestError, SamplingParams, SpeculationMode
 
 #: Text, or token ids.
@@ -41,10 +43,18 @@ class EngineFrontend:
         config: EngineConfig,
         *,
         tree_nodes: Mapping[int, int] | None,
-        drafter_factory: DrafterFactory | None,
-        tree_builder: TreeBuilder | None,
+        drafter_factory: DrafterFactory | None = None,
+        tree_builder: TreeBuilder | None = None,
+        tp: TpGroup | None = None,
+        channel: LeaderChannel | None = None,
     ):
-        loaded = load_engine(config, drafter_factory=drafter_factory, tree_builder=tree_builder or build_planned_trees)
+        loaded = load_engine(
+            config,
+            tp=tp,
+            channel=channel,
+            drafter_factory=drafter_factory,
+            tree_builder=tree_builder or build_planned_trees,
+        )
         self.config = config
         self.engine: Engine = loaded.engine
         self.tokenizer: Tokenizer | None = loaded.tokenizer

@@ -18,8 +18,19 @@ from jetflow_cluster.engine.engine import Engine, build_planned_trees
 from jetflow_cluster.engine.protocols import BudgetPolicy, Drafter, FixedBudget, TreeBuilder
 from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner
-from jetflow_cluster.models.loader import load_draft_head, load_sidecar, load_target, resolve_checkpoint
+from jetflow_cluster.engine.tensor_parallel import Follower, LeadingDrafter, LeadingTarget
+from jetflow_cluster.models.draft_head import DraftHead
+from jetflow_cluster.models.loader import (
+    load_draft_head,
+    load_sidecar,
+    load_target,
+    load_target_ends,
+    resolve_checkpoint,
+)
 from jetflow_cluster.models.registry import TargetModel
+from jetflow_cluster.models.sidecar import SideCar
+from jetflow_cluster.models.target_ends import TargetEnds
+from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
 
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default"
@@ -45,6 +56,8 @@ class LoadedEngine:
 def load_engine(
     config: EngineConfig,
     *,
+    tp: TpGroup | None = None,
+    channel: LeaderChannel | None = None,
     budget: BudgetPolicy | None = None,
     drafter_factory: DrafterFactory | None = None,
     tree_builder: TreeBuilder = build_planned_trees,
@@ -53,6 +66,8 @@ def load_engine(
 
     Args:
         config: what to load and how to run.
+        tp: the ranks that share target and head, of which this process is rank 0; None is this process alone.
+        channel: where the other ranks listen (`load_follower`); needed where there are any.
         budget: tree sizes; None is no speculation until one is set on the scheduler.
         drafter_factory: replaces the draft head by another source of guesses.
         tree_builder: replaces the exact trees.
@@ -61,23 +76,14 @@ def load_engine(
         ValueError: head and target do not fit, or the memory does not hold one request; with the numbers.
         FileNotFoundError: a checkpoint is not there.
     """
-    target_dir, head_dir = _checkpoints(config)
-    device = torch.device(_device(config.device))
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    target = load_target(target_dir, dtype=dtype, device=device, tp=TpGroup.single())
-    limit = target.config.max_position_embeddings
-    max_model_len = config.max_model_len or limit
-    if max_model_len > limit:
-        raise ValueError(f"max_model_len = {max_model_len}: the model's limit is {limit}")
-    num_pages = config.num_pages or _plan_pages(config, max_model_len, target)
+    tp = tp or TpGroup.single()
+    parts = _load_parts(config, tp, with_head=drafter_factory is None)
+    target, num_pages = parts.target, parts.num_pages
     drafter: Drafter | None = None
     if drafter_factory is not None:
         drafter = drafter_factory(target, num_pages, config.page_size)
-    elif head_dir is not None:
-        draft_dtype = _draft_dtype(config.draft_dtype, target)
-        head = load_draft_head(head_dir, target, dtype=draft_dtype, device=device, tp=TpGroup.single())
-        sidecar = load_sidecar(head_dir, target, device=device)
-        drafter = HeadDrafter(head, sidecar, target, num_pages=num_pages, page_size=config.page_size)
+    elif parts.head is not None:
+        drafter = parts.drafter(config.page_size) if channel is None else parts.leading_drafter(config, channel, tp)
     pool = PagePool(num_pages)
     prefix_cache = PrefixCache(pool, config.page_size) if config.enable_prefix_cache else None
     scheduler = Scheduler(
@@ -91,14 +97,110 @@ def load_engine(
         needs_draft_context=bool(drafter and drafter.tap_layer_ids),
         budget=budget or FixedBudget(1),
     )
-    runner = TargetRunner(target, num_pages=num_pages, page_size=config.page_size)
-    tokenizer_path = target_dir / "tokenizer.json"
+    if channel is None:
+        runner = TargetRunner(target, num_pages=num_pages, page_size=config.page_size)
+    else:
+        runner = LeadingTarget(target, num_pages=num_pages, page_size=config.page_size, channel=channel)
+    tokenizer_path = parts.target_dir / "tokenizer.json"
     return LoadedEngine(
         engine=Engine(runner, drafter, scheduler, prefix_cache=prefix_cache, tree_builder=tree_builder),
         tokenizer=Tokenizer.from_file(str(tokenizer_path)) if tokenizer_path.exists() else None,
+        target_dir=parts.target_dir,
+        max_model_len=parts.max_model_len,
+        eos_token_ids=frozenset(target.config.eos_token_ids),
+    )
+
+
+def load_follower(config: EngineConfig, *, tp: TpGroup, channel: FollowerChannel) -> Follower:
+    """This rank's part of what `load_engine` builds on rank 0; all ranks load at the same time.
+
+    Raises:
+        ValueError: as `load_engine` does.
+        FileNotFoundError: as `load_engine` does.
+    """
+    parts = _load_parts(config, tp, with_head=True)
+    runner = TargetRunner(parts.target, num_pages=parts.num_pages, page_size=config.page_size)
+    return Follower(runner, parts.drafter(config.page_size) if parts.head is not None else None, channel, tp)
+
+
+def load_draft_worker(config: EngineConfig, *, num_pages: int) -> HeadDrafter:
+    """A draft head with its own copy of the target's embedding and output layer, for a dedicated worker.
+
+    Args:
+        config: the target's engine's.
+        num_pages: pages of the target's KV cache, whose ids the draft context shares.
+
+    Raises:
+        ValueError: there is no draft head, or it does not fit the target.
+        FileNotFoundError: a checkpoint is not there.
+    """
+    target_dir, head_dir = _checkpoints(config)
+    if head_dir is None:
+        raise ValueError("draft_head = None: a draft worker needs a head")
+    device = torch.device(_device(config.device))
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    ends = load_target_ends(target_dir, dtype=dtype, device=device)
+    head = load_draft_head(
+        head_dir, ends.config, dtype=_draft_dtype(config.draft_dtype, ends), device=device, tp=TpGroup.single()
+    )
+    sidecar = load_sidecar(head_dir, ends, device=device)
+    return HeadDrafter(head, sidecar, ends, num_pages=num_pages, page_size=config.page_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What one rank holds."""
+
+    target: TargetModel
+    head: DraftHead | None
+    sidecar: SideCar | None
+    target_dir: Path
+    max_model_len: int
+    num_pages: int
+
+    def drafter(self, page_size: int) -> HeadDrafter:
+        assert self.head is not None
+        return HeadDrafter(self.head, self.sidecar, self.target, num_pages=self.num_pages, page_size=page_size)
+
+    def leading_drafter(self, config: EngineConfig, channel: LeaderChannel, tp: TpGroup) -> HeadDrafter:
+        return LeadingDrafter(
+            self.head,
+            self.sidecar,
+            self.target,
+            num_pages=self.num_pages,
+            page_size=config.page_size,
+            channel=channel,
+            tp=tp,
+        )
+
+
+def _load_parts(config: EngineConfig, tp: TpGroup, *, with_head: bool) -> _Parts:
+    if config.tensor_parallel_size != tp.size:
+        raise ValueError(
+            f"tensor_parallel_size = {config.tensor_parallel_size}: this engine runs on {tp.size} rank(s); "
+            "an in-process engine has 1"
+        )
+    target_dir, head_dir = _checkpoints(config)
+    device = torch.device(_device(config.device))
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    target = load_target(target_dir, dtype=dtype, device=device, tp=tp)
+    limit = target.config.max_position_embeddings
+    max_model_len = config.max_model_len or limit
+    if max_model_len > limit:
+        raise ValueError(f"max_model_len = {max_model_len}: the model's limit is {limit}")
+    num_pages = tp.smallest(config.num_pages or _plan_pages(config, max_model_len, target))
+    head, sidecar = None, None
+    if with_head and head_dir is not None:
+        draft_dtype = _draft_dtype(config.draft_dtype, target)
+        head = load_draft_head(head_dir, target, dtype=draft_dtype, device=device, tp=tp)
+        sidecar = load_sidecar(head_dir, target, device=device)
+    return _Parts(
+        target=target,
+        head=head,
+        sidecar=sidecar,
         target_dir=target_dir,
         max_model_len=max_model_len,
-        eos_token_ids=frozenset(target.config.eos_token_ids),
+        num_pages=num_pages,
     )
 
 
@@ -113,7 +215,7 @@ def _checkpoints(config: EngineConfig) -> tuple[Path, Path | None]:
     return target, head
 
 
-def _draft_dtype(name: str, target: TargetModel) -> torch.dtype:
+def _draft_dtype(name: str, target: TargetModel | TargetEnds) -> torch.dtype:
     if name != "auto":
         found: torch.dtype = getattr(torch, name)
         return found

@@ -64,6 +64,10 @@ class StepRecord:
     requests: list[TreeRecord]
 
 
+class EngineLostError(BaseException):
+    """The engine cannot go on, and what became of its requests is not known: only its process can end."""
+
+
 class Drafter(Protocol):
     """Guesses continuations. Any guess is lossless; a wrong one costs speed alone."""
 
@@ -73,6 +77,8 @@ class Drafter(Protocol):
     max_depth: int
     #: Rows behind the committed tokens that drafting writes into a request's pages.
     num_scratch_rows: int
+    #: Grows when the draft context of all requests is lost.
+    epoch: int
 
     def fuse(self, taps: torch.Tensor) -> torch.Tensor:
         """What is kept of a committed token: ``[n, num_taps * hidden_size]`` to ``[n, hidden_size]``."""

@@ -64,6 +64,8 @@ class Request:
     draft_len: int = 0
     #: Fused hidden vectors ``[n, hidden_size]`` of the tokens from `draft_len` on, in order.
     pending_fused: list[torch.Tensor] = field(default_factory=list)
+    #: True when the draft context went with a lost draft worker: the request drafts no more.
+    is_draft_lost: bool = False
     #: Full pages that the prefix cache was told of.
     num_cached_pages: int = 0
     #: Those of them whose draft context is complete, as far as the prefix cache was told.
@@ -98,8 +100,15 @@ class Request:
 
     @property
     def wants_speculation(self) -> bool:
-        """False when the request switched speculation off."""
-        return self.params.speculation.mode is not SpeculationMode.OFF
+        """False when the request switched speculation off, or its draft context is lost."""
+        return self.params.speculation.mode is not SpeculationMode.OFF and not self.is_draft_lost
+
+    def lose_draft_context(self) -> None:
+        """Its pages hold no draft context any more. What only waits to be absorbed is kept."""
+        if self.draft_len:
+            self.draft_len = self.num_draft_valid_pages = 0
+            self.is_draft_lost = True
+            self.pending_fused.clear()
 
     @property
     def room(self) -> int:

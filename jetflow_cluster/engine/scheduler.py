@@ -153,6 +153,7 @@ class Scheduler:
         request.num_computed = request.draft_len = 0
         request.num_cached_pages = request.num_draft_valid_pages = 0
         request.pending_fused.clear()
+        request.is_draft_lost = False
 
     def _admit(self, request: Request) -> bool:
         """Moves the head of the queue to the running ones when the pool holds all that it must compute."""
@@ -167,7 +168,8 @@ class Scheduler:
         needed = -(-len(request.token_ids) // page_size) - len(matched)
         # One page of slack for each running request, so that the newcomer is not preempted at once.
         if needed + len(self.running) > self.pool.num_available:
-            for page in matched:
+            # The end of a prefix goes first, for its beginning is worth more.
+            for page in reversed(matched):
                 self.pool.release(page)
             return False
         self.waiting.popleft()

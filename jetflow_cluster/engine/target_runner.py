@@ -6,6 +6,7 @@ import torch
 
 from jetflow_cluster.cache.kv_cache import allocate_kv
 from jetflow_cluster.engine.batch import StepBatch
+from jetflow_cluster.models.batch import ForwardBatch
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_kernels.commit_kv import commit_kv
 
@@ -31,14 +32,19 @@ class TargetRunner:
     def verify(
         self, batch: StepBatch, tap_layer_ids: tuple[int, ...]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """One forward pass over all rows.
+        """One forward pass over all rows of a step; see `verify_rows`."""
+        return self.verify_rows(batch.forward, batch.logits_rows, tap_layer_ids)
+
+    def verify_rows(
+        self, forward: ForwardBatch, rows: list[int], tap_layer_ids: tuple[int, ...]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """One forward pass, with logits of some rows.
 
         Returns:
-            logits ``[len(batch.logits_rows), vocab_size]``, or None when no row needs any; and the taps
+            logits ``[len(rows), vocab_size]``, or None when no row needs any; and the taps
             ``[T, len(tap_layer_ids) * hidden_size]`` of all rows, or None without tap ids.
         """
-        hidden, taps = self.model.forward(batch.forward, self.kv, tap_layer_ids)
-        rows = batch.logits_rows
+        hidden, taps = self.model.forward(forward, self.kv, tap_layer_ids)
         if not rows:
             return None, taps
         if len(rows) < hidden.shape[0]:

@@ -125,28 +125,14 @@ def default_taps(num_target_layers: int, num_taps: int) -> list[int]:
     return [round(1 + i * (num_target_layers - 4) / (num_taps - 1)) for i in range(num_taps)]
 
 
-class DraftHead(InferenceModule):
-    """One rank's part of a draft head. Embedding and output layer are the target's.
+class DraftFuser(InferenceModule):
+    """The part of a draft head that reads the target's taps; each rank holds all of it."""
 
-    A slot's context K and V depend on the token's fused hidden vector and position alone, so they are written to
-    pages once per committed token (`project_context`) and never again.
-    """
-
-    def __init__(self, config: DraftHeadConfig, tp: TpGroup, device: torch.device):
+    def __init__(self, config: DraftHeadConfig):
         super().__init__()
         self.config = config
-        hidden = config.hidden_size
-        self.fc = ReplicatedLinear("fc", len(config.target_layer_ids) * hidden, hidden)
-        self.hidden_norm = RmsNorm("hidden_norm", hidden, config.rms_norm_eps)
-        self._stack = [Qwen3Layer(config, tp) for _ in range(config.num_layers)]
-        self.layers = nn.ModuleList(self._stack)
-        self.norm = RmsNorm("norm", hidden, config.rms_norm_eps)
-        self._rotary = Rotary(config.rope, config.head_dim, device)
-
-    @property
-    def num_local_kv_heads(self) -> int:
-        """KV heads of this rank."""
-        return self._stack[0].attention.num_kv_heads
+        self.fc = ReplicatedLinear("fc", len(config.target_layer_ids) * config.hidden_size, config.hidden_size)
+        self.hidden_norm = RmsNorm("hidden_norm", config.hidden_size, config.rms_norm_eps)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -157,6 +143,31 @@ class DraftHead(InferenceModule):
         """Taps ``[N, num_taps * hidden_size]`` to fused hidden vectors ``[N, hidden_size]``."""
         fused: torch.Tensor = self.hidden_norm(self.fc(taps))
         return fused
+
+    def pieces(self) -> Iterator[Piece]:
+        """What to read from a checkpoint."""
+        yield from self.fc.pieces()
+        yield from self.hidden_norm.pieces()
+
+
+class DraftHead(DraftFuser):
+    """One rank's part of a draft head. Embedding and output layer are the target's.
+
+    A slot's context K and V depend on the token's fused hidden vector and position alone, so they are written to
+    pages once per committed token (`project_context`) and never again.
+    """
+
+    def __init__(self, config: DraftHeadConfig, tp: TpGroup, device: torch.device):
+        super().__init__(config)
+        self._stack = [Qwen3Layer(config, tp) for _ in range(config.num_layers)]
+        self.layers = nn.ModuleList(self._stack)
+        self.norm = RmsNorm("norm", config.hidden_size, config.rms_norm_eps)
+        self._rotary = Rotary(config.rope, config.head_dim, device)
+
+    @property
+    def num_local_kv_heads(self) -> int:
+        """KV heads of this rank."""
+        return self._stack[0].attention.num_kv_heads
 
     def project_context(
         self, fused: torch.Tensor, positions: torch.Tensor, slot_mapping: torch.Tensor, kv: torch.Tensor
@@ -187,8 +198,7 @@ class DraftHead(InferenceModule):
 
     def pieces(self) -> Iterator[Piece]:
         """What to read from a checkpoint."""
-        yield from self.fc.pieces()
-        yield from self.hidden_norm.pieces()
+        yield from super().pieces()
         yield from self.norm.pieces()
         for i, layer in enumerate(self._stack):
             yield from prefixed(f"layers.{i}", layer.pieces())

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from jetflow_cluster.models.config import TargetConfig, read_json
-from jetflow_cluster.models.draft_head import DraftHead, DraftHeadConfig, head_config_json
+from jetflow_cluster.models.draft_head import DraftFuser, DraftHead, DraftHeadConfig, head_config_json
 from jetflow_cluster.models.registry import TARGETS, TargetModel
 from jetflow_cluster.models.sidecar import CONFIG_NAME, WEIGHTS_NAME, SideCar, SideCarConfig, fingerprint
+from jetflow_cluster.models.target_ends import TargetEnds
 from jetflow_cluster.models.weights import StoredTensors, check_names
 from jetflow_cluster.parallel.tp_group import TpGroup
 
@@ -97,7 +98,29 @@ def load_draft_head(
     return head
 
 
-def load_sidecar(folder: Path, target: TargetModel, *, device: torch.device) -> SideCar | None:
+def load_target_ends(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> TargetEnds:
+    """Loads a target's embedding and output layer alone; arguments and errors as `load_target`."""
+    config = TargetConfig.from_dir(folder)
+    with torch.device("meta"):
+        ends = TargetEnds(config, TpGroup.single())
+    ends.checkpoint_dir = folder
+    _fill(ends, folder, dtype, config.dtype, device, (), partial=True)
+    return ends
+
+
+def load_fuser(
+    folder: Path, target: TargetModel, *, dtype: torch.dtype | None = None, device: torch.device
+) -> DraftFuser:
+    """Loads the part of a draft head that reads the target's taps; arguments and errors as `load_draft_head`."""
+    config = DraftHeadConfig.from_dir(folder)
+    config.check_fits(target.config)
+    with torch.device("meta"):
+        fuser = DraftFuser(config)
+    _fill(fuser, folder, dtype or target.dtype, config.dtype, device, (), partial=True)
+    return fuser
+
+
+def load_sidecar(folder: Path, target: TargetModel | TargetEnds, *, device: torch.device) -> SideCar | None:
     """The side-car beside a head, or None when there is none. Each rank holds all of it, in fp32.
 
     Raises:
@@ -123,7 +146,7 @@ def load_sidecar(folder: Path, target: TargetModel, *, device: torch.device) -> 
     return SideCar(config, parent, child)
 
 
-def _target_fingerprint(target: TargetModel) -> str:
+def _target_fingerprint(target: TargetModel | TargetEnds) -> str:
     """Of the stored embedding: a rank holds a part of it only, and perhaps in another dtype."""
     if target.checkpoint_dir is None:
         return fingerprint({"embedding": target.embedding.weight})
@@ -162,18 +185,22 @@ def save_draft_head(folder: Path, config: DraftHeadConfig, state: Mapping[str, t
 
 
 def _fill(
-    model: TargetModel | DraftHead,
+    model: TargetModel | TargetEnds | DraftFuser,
     folder: Path,
     dtype: torch.dtype | None,
     config_dtype: str | None,
     device: torch.device,
     ignored: tuple[str, ...],
+    *,
+    partial: bool = False,
 ) -> None:
-    """Replaces the meta tensors of `model` by the checkpoint's."""
+    """Replaces the meta tensors of `model` by the checkpoint's, which may hold more only where `model` is a part."""
     with StoredTensors.of_checkpoint(folder) as stored:
         pieces = list(model.pieces())
         expected = {name: shape for name, shape, *_ in pieces}
         found = {n: s for n, s in stored.shapes.items() if n not in ignored and not n.endswith(_DERIVED)}
+        if partial:
+            found = {name: shape for name, shape in found.items() if name in expected}
         check_names(expected, found, folder)
         if dtype is None:
             dtype = getattr(torch, config_dtype) if config_dtype else stored.dtype_of(pieces[0][0])

@@ -33,6 +33,24 @@ class TpGroup:
             dist.all_reduce(x, group=self._group)
         return x
 
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's values on every rank, in place."""
+        if self.size > 1:
+            dist.broadcast(x, dist.get_global_rank(self._group, 0) if self._group is not None else 0, group=self._group)
+        return x
+
+    def smallest(self, value: int) -> int:
+        """The least of the ranks' values, on every rank."""
+        if self.size == 1:
+            return value
+        held = torch.tensor([value], dtype=torch.int64, device=self._device())
+        dist.all_reduce(held, dist.ReduceOp.MIN, group=self._group)
+        return int(held)
+
+    def _device(self) -> torch.device:
+        is_nccl = dist.get_backend(self._group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+
     def all_gather_last_dim(self, x: torch.Tensor) -> torch.Tensor:
         """The ranks' tensors side by side along the last dim, rank 0 first."""
         if self.size == 1:

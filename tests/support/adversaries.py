@@ -21,6 +21,7 @@ class NoDrafter:
 
     tap_layer_ids: tuple[int, ...] = ()
     num_scratch_rows = 0
+    epoch = 0
 
     def __init__(self, max_depth: int = 12):
         self.max_depth = max_depth

@@ -1,0 +1,169 @@
+"""A drafter whose heads live in dedicated workers; the target's side fuses taps and asks for guesses.
+
+Every worker mirrors the whole draft context, so any of them may guess for any request, and a worker that comes back
+copies the context from a sibling. When the last one goes, speculation pauses and requests with context that is lost
+draft no more; nothing fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from jetflow_cluster.config import MAX_WIDTH
+from jetflow_cluster.engine.draft_link import DraftJob, Guess, LinkBrokenError, LinkListener, WorkerLink, tables_of
+from jetflow_cluster.engine.draft_runner import draft_blocks, draft_sampling, take_pending
+from jetflow_cluster.engine.protocols import ScheduledRequest, StepPlan
+from jetflow_cluster.engine.request import Request
+from jetflow_cluster.engine.tensor_parallel import Rows
+from jetflow_cluster.models.draft_head import DraftFuser
+from jetflow_cluster.tree.build import CandidateTable
+
+_log = logging.getLogger(__name__)
+
+
+class RemoteDrafter:
+    """See the module.
+
+    Args:
+        fuser: the part of the head that stays beside the target.
+        listener: where workers come in.
+        page_size: slots per page.
+        device: of the target.
+        deadline_s: longest wait for a guess; a worker that takes longer is given up.
+        pages_in_use: pages whose context a new worker must have.
+    """
+
+    def __init__(
+        self,
+        fuser: DraftFuser,
+        listener: LinkListener,
+        *,
+        page_size: int,
+        device: torch.device,
+        deadline_s: float = 2.0,
+        pages_in_use: Callable[[], Sequence[int]] | None = None,
+    ):
+        config = fuser.config
+        self.tap_layer_ids = config.target_layer_ids
+        self.max_depth = config.block_size - 1
+        self.num_scratch_rows = config.block_size
+        self.epoch = 0
+        self.pages_in_use = pages_in_use or (lambda: ())
+        self._fuser, self._listener, self._config = fuser, listener, config
+        self._page_size, self._device, self._deadline_s = page_size, device, deadline_s
+        self._links: list[WorkerLink] = []
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that answer."""
+        return len(self._links)
+
+    def fuse(self, taps: torch.Tensor) -> torch.Tensor:
+        """See `Drafter.fuse`."""
+        return self._fuser.fuse(taps.to(self._fuser.dtype))
+
+    def absorb(self, requests: Sequence[Request]) -> None:
+        """See `Drafter.absorb`; without workers the vectors go on waiting."""
+        self._admit()
+        if not self._links:
+            return
+        rows = take_pending(requests)
+        if rows is not None:
+            job = DraftJob(context=(rows.fused.cpu(), rows.positions, rows.slots))
+            self._each(self._links, lambda link: link.send(job))
+
+    def draft(self, plan: StepPlan) -> list[CandidateTable | None]:
+        """See `Drafter.draft`; requests whose worker is lost get none."""
+        chosen = [i for i, item in enumerate(plan.items) if item.max_tree_nodes > 1]
+        found: list[CandidateTable | None] = [None] * len(plan.items)
+        self.absorb([plan.items[i].request for i in chosen])
+        # A request that came while no worker was there may still have nothing absorbed.
+        chosen = [i for i in chosen if not plan.items[i].request.pending_fused]
+        if not chosen or not self._links:
+            return found
+        parts = [chosen[i :: len(self._links)] for i in range(len(self._links))]
+        asked = [(link, part) for link, part in zip(self._links, parts, strict=True) if part]
+        part_of = {id(link): part for link, part in asked}
+        deadline = time.monotonic() + self._deadline_s
+
+        def ask(link: WorkerLink) -> None:
+            link.send(DraftJob(guess=self._guess([plan.items[i] for i in part_of[id(link)]])))
+
+        def answer(link: WorkerLink) -> None:
+            for i, table in zip(part_of[id(link)], tables_of(link.receive(deadline)), strict=True):
+                found[i] = table
+
+        alive = self._each([link for link, _ in asked], ask)
+        self._each(alive, answer)
+        return found
+
+    def _guess(self, items: Sequence[ScheduledRequest]) -> Guess:
+        requests = [item.request for item in items]
+        depth = max(item.max_depth for item in items)
+        blocks = draft_blocks(requests, self._config, depth, self._page_size, torch.device("cpu"))
+        return Guess(
+            rows=Rows.of(blocks.batch),
+            num_slots=blocks.num_slots,
+            depth=depth,
+            width=min(MAX_WIDTH, max(item.max_tree_nodes for item in items) - 1),
+            anchor_ids=[request.token_ids[-1] for request in requests],
+            sampling=[draft_sampling(item) for item in items],
+        )
+
+    def _each(self, links: Sequence[WorkerLink], act: Callable[[WorkerLink], None]) -> list[WorkerLink]:
+        """Acts on every link; gives broken ones up and returns the others."""
+        alive = []
+        for link in links:
+            try:
+                act(link)
+                alive.append(link)
+            except LinkBrokenError as error:
+                self._give_up(link, error)
+        return alive
+
+    def _give_up(self, link: WorkerLink, error: LinkBrokenError) -> None:
+        link.close()
+        self._links.remove(link)
+        if self._links:
+            _log.warning("%s; %d other draft workers go on", error, len(self._links))
+            return
+        self.epoch += 1
+        _log.warning("%s; it was the last one, so nothing is speculated until one comes back", error)
+
+    def _admit(self) -> None:
+        """Takes newcomers in, with the context that the others hold."""
+        for link in self._listener.take():
+            try:
+                context = self._context_of_sibling()
+                if context is not None:
+                    link.send(DraftJob(given_pages=context))
+            except LinkBrokenError as error:
+                _log.warning("%s before it had joined", error)
+                link.close()
+                continue
+            self._links.append(link)
+            _log.info("draft worker %s joined; there are %d", link.name, len(self._links))
+
+    def _context_of_sibling(self) -> tuple[list[int], torch.Tensor] | None:
+        """The pages in use and their context, from the first worker that gives it."""
+        pages = list(self.pages_in_use())
+        while pages and self._links:
+            link = self._links[0]
+            try:
+                link.send(DraftJob(wanted_pages=pages))
+                context: torch.Tensor = link.receive(time.monotonic() + self._deadline_s)
+                return pages, context
+            except LinkBrokenError as error:
+                self._give_up(link, error)
+        return None
+
+    def close(self) -> None:
+        """Lets all workers go."""
+        self._listener.close()
+        for link in self._links:
+            link.close()
+        self._links.clear()

@@ -1,0 +1,207 @@
+"""Draft workers elsewhere guess as a head beside the target does, and their loss costs speed alone."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
+from jetflow_cluster.config import EngineConfig
+from jetflow_cluster.engine.draft_link import DraftWorker, LinkListener
+from jetflow_cluster.engine.loading import load_draft_worker
+from jetflow_cluster.engine.remote_drafter import RemoteDrafter
+from jetflow_cluster.models.loader import load_fuser
+from jetflow_cluster.models.registry import TargetModel
+from jetflow_cluster.types import RequestOutput
+from support.small_models import write_head, write_target
+
+PAGES, PAGE = 64, 16
+SECRET = secrets.token_bytes(16)
+PROMPTS = [[1, 2, 3], list(range(40, 75)), [7] * 20, [200], list(range(100, 163))]
+PARAMS = [
+    SamplingParams(
+        max_tokens=40,
+        seed=i,
+        ignore_eos=True,
+        temperature=0.8 if i % 2 else 0.0,
+        speculation=SpeculationOptions(mode="force", max_tree_nodes=16),
+    )
+    for i in range(len(PROMPTS))
+]
+
+
+@dataclass
+class Setup:
+    """A target whose draft heads are elsewhere, and the workers by name."""
+
+    config: EngineConfig
+    listener: LinkListener
+    deadline_s: float = 20.0
+    drafters: list[RemoteDrafter] = field(default_factory=list)
+
+    def llm(self) -> LLM:
+        def make(target: TargetModel, num_pages: int, page_size: int) -> RemoteDrafter:
+            assert num_pages == PAGES
+            fuser = load_fuser(Path(self.config.draft_head or ""), target, device=target.device)
+            self.drafters.append(
+                RemoteDrafter(
+                    fuser, self.listener, page_size=page_size, device=target.device, deadline_s=self.deadline_s
+                )
+            )
+            return self.drafters[-1]
+
+        return LLM(self.config.model, None, dtype="float64", num_pages=PAGES, tree_nodes={1: 16}, drafter_factory=make)
+
+    def start_worker(self, name: str) -> DraftWorker:
+        drafter = load_draft_worker(self.config, num_pages=PAGES)
+        worker = DraftWorker(drafter, page_size=PAGE, name=name, described={"num_pages": PAGES})
+        worker.connect(self.listener.address, SECRET)
+        threading.Thread(target=worker.run, daemon=True).start()
+        return worker
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Iterator[Setup]:
+    target, head = tmp_path / "target", tmp_path / "head"
+    target.mkdir()
+    head.mkdir()
+    write_target(target, seed=3, num_layers=4)
+    write_head(head, target, seed=4)
+    config = EngineConfig(model=str(target), draft_head=str(head), dtype="float64", num_pages=PAGES, page_size=PAGE)
+    listener = LinkListener("127.0.0.1", 0, SECRET, {"num_pages": PAGES})
+    yield Setup(config, listener)
+    listener.close()
+
+
+def local(setup: Setup) -> list[RequestOutput]:
+    llm = LLM(setup.config.model, setup.config.draft_head, dtype="float64", num_pages=PAGES, tree_nodes={1: 16})
+    return llm.generate(PROMPTS, PARAMS)
+
+
+def kill(worker: DraftWorker) -> None:
+    """Ends the connection under the worker, as the death of its process would."""
+    assert worker._connection is not None
+    with socket.socket(fileno=os.dup(worker._connection.fileno())) as end:
+        end.shutdown(socket.SHUT_RDWR)
+
+
+def wait_for(setup: Setup, num: int) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        setup.drafters[-1]._admit()
+        if setup.drafters[-1].num_workers == num:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{setup.drafters[-1].num_workers} workers, not {num}")
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_guess_as_a_local_head_does(setup: Setup, num_workers: int) -> None:
+    expected = local(setup)
+    llm = setup.llm()
+    for i in range(num_workers):
+        setup.start_worker(f"w{i}")
+    wait_for(setup, num_workers)
+    found = llm.generate(PROMPTS, PARAMS)
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+    assert [o.speculation for o in found] == [o.speculation for o in expected]
+    assert sum(o.speculation.num_draft_nodes for o in found) > 0
+
+
+def test_without_workers_nothing_is_speculated_and_nothing_fails(setup: Setup) -> None:
+    expected = local(setup)
+    found = setup.llm().generate(PROMPTS, PARAMS)
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+    assert sum(o.speculation.num_draft_nodes for o in found) == 0
+
+
+def test_a_lost_worker_costs_no_token_and_a_sibling_goes_on(setup: Setup) -> None:
+    expected = local(setup)
+    llm = setup.llm()
+    workers = [setup.start_worker(f"w{i}") for i in range(2)]
+    wait_for(setup, 2)
+    steps = 0
+
+    def lose_one(_: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            kill(workers[0])
+
+    llm.engine.on_step = lose_one
+    found = llm.generate(PROMPTS, PARAMS)
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+    assert setup.drafters[-1].num_workers == 1
+    assert setup.drafters[-1].epoch == 0
+
+
+def test_when_the_last_worker_goes_requests_draft_no_more_and_new_ones_use_the_next(setup: Setup) -> None:
+    expected = local(setup)
+    llm = setup.llm()
+    worker = setup.start_worker("first")
+    wait_for(setup, 1)
+    lost_at: list[int] = []
+
+    def lose(record: object) -> None:
+        if llm.engine.num_steps == 5:
+            kill(worker)
+            lost_at.append(llm.engine.num_steps)
+
+    llm.engine.on_step = lose
+    found = llm.generate(PROMPTS, PARAMS)
+    assert lost_at == [5]
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+    assert setup.drafters[-1].epoch == 1
+    llm.engine.on_step = None
+    setup.start_worker("second")
+    wait_for(setup, 1)
+    again = llm.generate(PROMPTS, PARAMS)
+    assert [o.token_ids for o in again] == [o.token_ids for o in expected]
+    assert sum(o.speculation.num_draft_nodes for o in again) > 0
+
+
+def test_a_worker_that_does_not_answer_is_given_up_at_the_deadline(setup: Setup) -> None:
+    expected = local(setup)
+    setup.deadline_s = 0.3
+    llm = setup.llm()
+    worker = setup.start_worker("slow")
+    wait_for(setup, 1)
+    worker._do = lambda job: time.sleep(5)  # type: ignore[method-assign]
+    started = time.monotonic()
+    found = llm.generate(PROMPTS, PARAMS)
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+    assert setup.drafters[-1].num_workers == 0
+    assert time.monotonic() - started < 30
+
+
+def test_a_newcomer_guesses_from_the_context_of_a_sibling(setup: Setup) -> None:
+    expected = local(setup)
+    llm = setup.llm()
+    setup.start_worker("first")
+    wait_for(setup, 1)
+    setup.drafters[-1].pages_in_use = lambda: range(PAGES)
+
+    def join(_: object) -> None:
+        if llm.engine.num_steps == 5:
+            setup.start_worker("second")
+
+    llm.engine.on_step = join
+    found = llm.generate(PROMPTS, PARAMS)
+    assert setup.drafters[-1].num_workers == 2
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+    assert [o.speculation for o in found] == [o.speculation for o in expected]
+
+
+def test_a_worker_of_another_geometry_is_sent_away(setup: Setup) -> None:
+    drafter = load_draft_worker(setup.config, num_pages=PAGES)
+    worker = DraftWorker(drafter, page_size=PAGE, name="stranger", described={"num_pages": 7})
+    with pytest.raises(ValueError, match="num_pages"):
+        worker.connect(setup.listener.address, SECRET)
