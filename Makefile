@@ -17,7 +17,7 @@ GPU   := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format lossless bench train clean
+.PHONY: help install demo test lint format protos lossless bench train clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ lint: $(STAMP) ## ruff, import contracts, mypy
 format: $(STAMP) ## Rewrite the sources as `make lint` wants them
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
+
+protos: $(STAMP) ## Generate the code of the API from protos/ into jetflow_cluster/rpc/v1
+	$(RUN)/python -m grpc_tools.protoc --proto_path=protos --python_out=. --pyi_out=. --grpc_python_out=. \
+	  $(patsubst protos/%,%,$(wildcard protos/jetflow_cluster/rpc/v1/*.proto))
 
 lossless: $(STAMP) ## The whole proof that speculation changes no token (up to an hour)
 	$(RUN)/python -m pytest -q -rP -m "not slow" tests/lossless tests/distribution

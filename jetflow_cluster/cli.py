@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jetflow_cluster import __version__, cli_training
+from jetflow_cluster import __version__, cli_remote, cli_training
 from jetflow_cluster import cli_options as opt
 from jetflow_cluster.console import Commands, apply_environment, stderr, stdout
 from jetflow_cluster.env import read_environment
@@ -60,11 +60,13 @@ def _start(
 @app.command(
     epilog='Examples:\n\n  jetflow generate "def quicksort(items):" --max-tokens 64 --stats\n\n'
     "  jetflow generate --file prompt.txt --temperature 0.7 --seed 1 --json\n\n"
-    '  cat module.py | jetflow generate --stop "\\n\\n"'
+    '  cat module.py | jetflow generate --stop "\\n\\n"\n\n'
+    '  jetflow generate "import os" --server localhost:9000'
 )
 def generate(
     prompt: opt.PromptText = None,
     file: opt.PromptFile = None,
+    server: opt.Server = None,
     model: opt.Model = None,
     draft_head: opt.DraftHead = None,
     dtype: opt.ComputeType = opt.DType.AUTO,
@@ -114,11 +116,18 @@ def generate(
         speculation=SpeculationOptions(mode=speculation, max_tree_nodes=max_tree_nodes, max_depth=max_depth),
     )
     text = opt.read_prompt(prompt, file)
+    if server is not None:
+        engine = {"draft_head": draft_head, "dtype": dtype.value, "device": device, "max_model_len": max_model_len}
+        with cli_remote.connect(server, model, engine) as remote:
+            _complete(remote, text, params, chat=chat, as_json=as_json, stats=stats)
+        return
     llm = _load(model, draft_head, dtype, device, speculation, max_model_len=max_model_len)
     _complete(llm, text, params, chat=chat, as_json=as_json, stats=stats)
 
 
-def _complete(llm: LLM, text: str, params: SamplingParams, *, chat: bool, as_json: bool, stats: bool) -> None:
+def _complete(
+    llm: LLM | cli_remote.RemoteLLM, text: str, params: SamplingParams, *, chat: bool, as_json: bool, stats: bool
+) -> None:
     asked: str | list[int] = llm.apply_chat_template([{"role": "user", "content": text}]) if chat else text
     if as_json:
         typer.echo(json.dumps(_output_object(llm.generate([asked], params)[0]), ensure_ascii=False))

@@ -40,6 +40,7 @@ Model = Annotated[str | None, _option(_MODEL, "Target model: a folder or a Huggi
 DraftHead = Annotated[str | None, _option(_MODEL, "Draft head for it: a folder or a Hugging Face id.")]
 Device = Annotated[str, _option(_MODEL, "auto, cpu, cuda or cuda:N.")]
 ComputeType = Annotated[DType, _option(_MODEL, "Compute type; auto is the checkpoint's own.")]
+Server = Annotated[str | None, _option(_MODEL, "Ask a server, host:port; several by comma.")]
 MaxModelLen = Annotated[int | None, _option(_MODEL, "Longest prompt plus output.")]
 Chat = Annotated[bool, _option(_MODEL, "Ask with the model's chat template.", "--chat")]
 

@@ -40,6 +40,7 @@ def loaded_by(statement: str) -> set[str]:
         pytest.param("from jetflow_cluster import SamplingParams, RequestOutput", (), id="types"),
         pytest.param("from jetflow_cluster import EngineConfig", (), id="config"),
         pytest.param("import jetflow_cluster.cli", (), id="command-line"),
+        pytest.param("import jetflow_cluster.rpc.client, jetflow_cluster.bench.terminal", ("grpc",), id="client"),
         pytest.param("from jetflow_cluster import LLM, AsyncLLM", ("torch", "numpy", "tokenizers"), id="engine"),
     ],
 )

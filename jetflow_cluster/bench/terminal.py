@@ -5,15 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.text import Text
 
-from jetflow_cluster.engine.local import LLM
 from jetflow_cluster.types import FinishReason, RequestDelta, SamplingParams
 
 #: Style of tokens that the draft head guessed.
 GUESSED_STYLE = "green"
+
+
+class StreamSource(Protocol):
+    """An engine of one's own, or a server."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """What decodes; None if there is none."""
+
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams) -> Iterator[RequestDelta]:
+        """The deltas of one request."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +53,7 @@ class Streamed:
 
 
 def stream_to(
-    console: Console, llm: LLM, prompt: str | Sequence[int], params: SamplingParams, *, coloured: bool
+    console: Console, llm: StreamSource, prompt: str | Sequence[int], params: SamplingParams, *, coloured: bool
 ) -> Streamed:
     """Prints a request's text as it comes and returns what it was.
 
@@ -83,7 +94,7 @@ def _timed(deltas: Iterator[RequestDelta], streamed: Streamed) -> Iterator[Reque
         yield delta
 
 
-def _styled(llm: LLM, delta: RequestDelta) -> Text:
+def _styled(llm: StreamSource, delta: RequestDelta) -> Text:
     # Text that was held back makes the border between guessed and own tokens approximate; the text itself is exact.
     guessed = delta.token_ids[: delta.num_accepted]
     length = len(llm.tokenizer.decode(guessed)) if guessed and llm.tokenizer is not None else 0

@@ -1,0 +1,98 @@
+"""The last line of a server: no exception reaches a client but as a status that was written for it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import secrets
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+
+from jetflow_cluster.rpc.errors import DOMAIN, StatusError, abort_with, status_of
+
+_log = logging.getLogger(__name__)
+#: Different faults whose traceback is logged; further ones, and each one's repetitions, get a line.
+_MAX_TRACEBACKS = 256
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns exceptions of this API's methods into statuses.
+
+    `StatusError`, `InvalidFieldsError` and `InvalidRequestError` are told as they are. Any other exception becomes
+    INTERNAL with a reference; the log has the reference and, the first time that a fault occurs, its traceback.
+    Cancellation and `context.abort` pass. Methods of other services (health, reflection) are left alone.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[type, str, int]] = set()
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
+    ) -> grpc.RpcMethodHandler | None:
+        """Wraps the method's handler."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(f"/{DOMAIN}."):
+            return handler
+        wrap = self._guard_stream if handler.response_streaming else self._guard_unary
+        kind = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(
+            wrap(getattr(handler, kind), method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _guard_unary(self, behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
+        async def guarded(request: Any, context: Any) -> Any:
+            try:
+                return await behaviour(request, context)
+            except Exception as error:
+                await self._end(context, error, method)
+
+        return guarded
+
+    def _guard_stream(self, behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
+        if not inspect.isasyncgenfunction(behaviour):
+            return self._guard_unary(behaviour, method)
+
+        async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                async with contextlib.aclosing(behaviour(request, context)) as responses:
+                    async for response in responses:
+                        yield response
+            except Exception as error:
+                await self._end(context, error, method)
+
+        return guarded
+
+    async def _end(self, context: Any, error: Exception, method: str) -> NoReturn:
+        if isinstance(error, grpc.aio.AbortError):
+            raise error
+        await abort_with(context, status_of(error) or self._internal(error, method))
+
+    def _internal(self, error: Exception, method: str) -> StatusError:
+        reference = secrets.token_hex(4)
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        fault = (type(error), where.filename, where.lineno or 0)
+        is_new = fault not in self._seen and len(self._seen) < _MAX_TRACEBACKS
+        if is_new:
+            self._seen.add(fault)
+        _log.error(
+            "%s failed (%s): %s at %s:%s",
+            method,
+            reference,
+            type(error).__name__,
+            where.filename,
+            where.lineno,
+            exc_info=error if is_new else None,
+        )
+        return StatusError.internal(reference)
+
+
+def _arity(is_stream: bool) -> str:
+    return "stream" if is_stream else "unary"
