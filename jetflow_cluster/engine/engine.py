@@ -63,6 +63,9 @@ class Engine:
         self.tree_builder = tree_builder
         #: Called behind each step, for tracing.
         self.on_step: Callable[[StepRecord], None] | None = None
+        #: Told the name of each stage of a step as it begins, for tracing: schedule, draft, build, verify, accept,
+        #: commit. A stage that only queues work on a device ends when it is queued.
+        self.on_stage: Callable[[str], None] = lambda stage: None
         self.requests: dict[str, Request] = {}
         self.num_steps = self.num_finished = self.num_generated_tokens = 0
         self._early: list[RequestDelta] = []
@@ -107,21 +110,34 @@ class Engine:
         An exception ends the requests of the step with reason ``error``, and only those.
         """
         deltas, self._early = self._early, []
+        self.on_stage("schedule")
         plan = self.scheduler.schedule()
         if not plan.items:
             return deltas
         try:
+            self.on_stage("draft")
             tables = self._draft(plan)
+            self.on_stage("build")
             trees = self.tree_builder(plan, tables)
             batch = build_batch(plan, trees, self.target.page_size, self.target.device)
+            self.on_stage("verify")
             verified = self._verify(plan, batch)
+            self.on_stage("accept")
             paths = self._accept(plan, trees, batch, verified)
+            self.on_stage("commit")
             deltas += self._commit(plan, trees, batch, verified, paths)
         except Exception as error:
             _log.exception("step %d failed; its %d requests end", self.num_steps, len(plan.items))
             deltas += self._fail(plan, error)
         self.num_steps += 1
         return deltas
+
+    def pages_with_draft_context(self) -> list[int]:
+        """Pages whose draft context somebody may still read: those of running requests, and cached ones."""
+        pages = {page for request in self.requests.values() for page in request.pages.pages}
+        if self.prefix_cache is not None:
+            pages.update(self.prefix_cache.draft_valid_pages())
+        return sorted(pages)
 
     def reset_counters(self) -> None:
         """Forgets what was counted, as behind a warm-up."""

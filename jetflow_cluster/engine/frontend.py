@@ -47,6 +47,7 @@ class EngineFrontend:
         tree_builder: TreeBuilder | None = None,
         tp: TpGroup | None = None,
         channel: LeaderChannel | None = None,
+        is_drafter_ready: bool = True,
     ):
         loaded = load_engine(
             config,
@@ -65,8 +66,8 @@ class EngineFrontend:
         self._chat_tokenizer: Any = None
         if tree_nodes is not None:
             self.engine.scheduler.budget = BudgetTable(tree_nodes)
-        elif self.engine.drafter is not None:
-            self.engine.scheduler.budget = self._warm_up()
+        elif self.engine.drafter is not None and is_drafter_ready:
+            self.warm_up()
 
     @property
     def vocab_size(self) -> int:
@@ -159,12 +160,13 @@ class EngineFrontend:
         if params.speculation.mode is SpeculationMode.FORCE and self.engine.drafter is None:
             raise InvalidRequestError("speculation.mode", "force", "the engine has no draft head")
 
-    def _warm_up(self) -> BudgetTable:
+    def warm_up(self) -> None:
+        """Measures the tree sizes of mode ``auto``; where draft workers must come in first, once they are there."""
         config = self.config
         prompts = [self.encode(text) if self.tokenizer else [] for text in _WARMUP_TEXTS]
         room = max(1, min(64, self.max_model_len // 4, self.engine.pool.num_pages * config.page_size // 4))
         prompts = [(p or [(7 * i + 3) % self.vocab_size for i in range(32)])[:room] for p in prompts]
-        return warm_up(
+        self.engine.scheduler.budget = warm_up(
             self.engine,
             self.make_warmup_request,
             prompts,

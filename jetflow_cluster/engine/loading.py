@@ -111,14 +111,15 @@ def load_engine(
     )
 
 
-def load_follower(config: EngineConfig, *, tp: TpGroup, channel: FollowerChannel) -> Follower:
-    """This rank's part of what `load_engine` builds on rank 0; all ranks load at the same time.
+def load_follower(config: EngineConfig, *, tp: TpGroup, channel: FollowerChannel, with_head: bool = True) -> Follower:
+    """This rank's part of what `load_engine` builds on rank 0; all ranks load at the same time. Without a head where
+    draft workers have it.
 
     Raises:
         ValueError: as `load_engine` does.
         FileNotFoundError: as `load_engine` does.
     """
-    parts = _load_parts(config, tp, with_head=True)
+    parts = _load_parts(config, tp, with_head=with_head)
     runner = TargetRunner(parts.target, num_pages=parts.num_pages, page_size=config.page_size)
     return Follower(runner, parts.drafter(config.page_size) if parts.head is not None else None, channel, tp)
 
@@ -134,7 +135,7 @@ def load_draft_worker(config: EngineConfig, *, num_pages: int) -> HeadDrafter:
         ValueError: there is no draft head, or it does not fit the target.
         FileNotFoundError: a checkpoint is not there.
     """
-    target_dir, head_dir = _checkpoints(config)
+    target_dir, head_dir = checkpoints(config)
     if head_dir is None:
         raise ValueError("draft_head = None: a draft worker needs a head")
     device = torch.device(_device(config.device))
@@ -180,7 +181,7 @@ def _load_parts(config: EngineConfig, tp: TpGroup, *, with_head: bool) -> _Parts
             f"tensor_parallel_size = {config.tensor_parallel_size}: this engine runs on {tp.size} rank(s); "
             "an in-process engine has 1"
         )
-    target_dir, head_dir = _checkpoints(config)
+    target_dir, head_dir = checkpoints(config)
     device = torch.device(_device(config.device))
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     target = load_target(target_dir, dtype=dtype, device=device, tp=tp)
@@ -204,7 +205,8 @@ def _load_parts(config: EngineConfig, tp: TpGroup, *, with_head: bool) -> _Parts
     )
 
 
-def _checkpoints(config: EngineConfig) -> tuple[Path, Path | None]:
+def checkpoints(config: EngineConfig) -> tuple[Path, Path | None]:
+    """Folders of target and draft head; what is no folder is fetched."""
     if config.model is not None:
         head = resolve_checkpoint(config.draft_head) if config.draft_head is not None else None
         return resolve_checkpoint(config.model), head

@@ -68,7 +68,7 @@ class RemoteDrafter:
 
     def absorb(self, requests: Sequence[Request]) -> None:
         """See `Drafter.absorb`; without workers the vectors go on waiting."""
-        self._admit()
+        self.admit()
         if not self._links:
             return
         rows = take_pending(requests)
@@ -134,7 +134,7 @@ class RemoteDrafter:
         self.epoch += 1
         _log.warning("%s; it was the last one, so nothing is speculated until one comes back", error)
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
         """Takes newcomers in, with the context that the others hold."""
         for link in self._listener.take():
             try:

@@ -96,7 +96,7 @@ def kill(worker: DraftWorker) -> None:
 def wait_for(setup: Setup, num: int) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        setup.drafters[-1]._admit()
+        setup.drafters[-1].admit()
         if setup.drafters[-1].num_workers == num:
             return
         time.sleep(0.01)

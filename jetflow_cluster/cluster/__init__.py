@@ -1,0 +1,1 @@
+"""The served cluster: placement, actors, Serve deployments. The only package that imports Ray."""

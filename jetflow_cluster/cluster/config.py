@@ -1,0 +1,148 @@
+"""Configuration of a served cluster: what `build_app`, ``serve.yaml`` and ``jetflow serve`` take."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from jetflow_cluster.config import EngineConfig
+
+DRAFT_PLACEMENTS = ("colocated", "dedicated")
+PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Everything that decides how a model is served. Raises ValueError naming field, value and limit."""
+
+    #: Target checkpoint: a directory that every node sees, or a Hugging Face id; None is the embedded default.
+    model: str | None = None
+    #: Draft head checkpoint; None takes the embedded one for the embedded target, else no speculation.
+    draft_head: str | None = None
+    #: Name under which the model is served; None is the checkpoint's folder or id.
+    served_model_name: str | None = None
+    #: Compute type of weights and KV cache; ``auto`` takes the checkpoint's.
+    dtype: str = "auto"
+    #: Shards of the target in each replica.
+    tensor_parallel_size: int = 1
+    #: ``colocated``: the head is split over the target's shards. ``dedicated``: it runs in workers of its own.
+    draft_placement: str = "colocated"
+    #: Dedicated draft workers of each replica.
+    num_draft_workers: int = 0
+    #: Complete engines.
+    num_replicas: int = 1
+    #: Routers; at most one runs on a node.
+    num_routers: int = 1
+    #: How Ray lays a replica's shards and workers out over nodes.
+    placement_strategy: str = "PACK"
+    #: GPUs of a shard or draft worker; None is 1 where the cluster has GPUs, else 0.
+    num_gpus_per_actor: float | None = None
+    #: CPUs of a shard or draft worker, as Ray counts them.
+    num_cpus_per_actor: float = 1.0
+    #: Threads of a shard or draft worker without a GPU; None shares the node's cores out.
+    num_threads_per_actor: int | None = None
+    #: Port of the routers' gRPC server.
+    grpc_port: int = 9000
+    #: KV slots per page.
+    page_size: int = 16
+    #: Pages of the KV cache; None is a plan from free memory and the largest possible batch.
+    num_pages: int | None = None
+    #: Most rows of one step.
+    max_num_batched_tokens: int = 2048
+    #: Most requests that run at once in a replica.
+    max_num_requests: int = 64
+    #: Longest prompt plus output; None is the model's own limit.
+    max_model_len: int | None = None
+    #: Reuse KV pages of equal prompt prefixes.
+    enable_prefix_cache: bool = True
+    #: Seconds after which a step that does not end is taken for dead, and its process ends itself.
+    step_timeout_s: float = 30.0
+    #: Seconds for which a target waits for a dedicated draft worker's guess.
+    draft_timeout_s: float = 1.0
+    #: Seconds that running requests get to finish when a replica or router is taken down.
+    drain_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("draft_placement", DRAFT_PLACEMENTS), ("placement_strategy", PLACEMENT_STRATEGIES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+        for name in ("num_replicas", "num_routers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.grpc_port < 65536:
+            raise ValueError(f"grpc_port = {self.grpc_port}: must be in [0, 65535]; 0 takes a free one")
+        for name in ("step_timeout_s", "draft_timeout_s", "drain_timeout_s", "num_cpus_per_actor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be above 0")
+        if self.num_gpus_per_actor is not None and self.num_gpus_per_actor < 0:
+            raise ValueError(f"num_gpus_per_actor = {self.num_gpus_per_actor}: must be at least 0")
+        if (self.draft_placement == "dedicated") != (self.num_draft_workers > 0):
+            raise ValueError(
+                f"num_draft_workers = {self.num_draft_workers} with draft_placement = {self.draft_placement!r}: "
+                "dedicated placement needs at least 1, colocated has none"
+            )
+        self.engine_config()
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> ClusterConfig:
+        """From a parsed file or keyword arguments; strings are read as the field's type where they come from a
+        command line.
+
+        Raises:
+            ValueError: unknown keys, each with the nearest known one, or a value that does not fit.
+        """
+        known = {f.name: f for f in fields(cls)}
+        unknown = [_suggest(key, list(known)) for key in given if key not in known]
+        if unknown:
+            raise ValueError(f"unknown configuration: {'; '.join(unknown)}")
+        return cls(**{key: _read(key, str(known[key].type), value) for key, value in given.items()})
+
+    def engine_config(self) -> EngineConfig:
+        """What each shard's engine is made from."""
+        return EngineConfig(
+            model=self.model,
+            draft_head=self.draft_head,
+            dtype=self.dtype,
+            tensor_parallel_size=self.tensor_parallel_size,
+            page_size=self.page_size,
+            num_pages=self.num_pages,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_requests=self.max_num_requests,
+            max_model_len=self.max_model_len,
+            enable_prefix_cache=self.enable_prefix_cache,
+        )
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+def _read(key: str, annotation: str, value: Any) -> Any:
+    """A command line gives text; everything else must have the right type already."""
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and "None" in kinds):
+        if "None" in kinds:
+            return None
+        raise ValueError(f"{key} = None: must be {annotation}")
+    kind = kinds[0]
+    try:
+        if kind == "str":
+            if isinstance(value, str):
+                return value
+        elif kind == "bool":
+            texts = {"true": True, "false": False, "1": True, "0": False}
+            if isinstance(value, bool):
+                return value
+            if isinstance(value, str) and value.lower() in texts:
+                return texts[value.lower()]
+        elif kind == "int":
+            if isinstance(value, (int, str)) and not isinstance(value, bool):
+                return int(value)
+        elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            return float(value)
+    except ValueError:
+        pass
+    raise ValueError(f"{key} = {value!r}: must be {annotation}")

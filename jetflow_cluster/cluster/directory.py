@@ -1,0 +1,62 @@
+"""Who serves where: replicas and routers report themselves, routers follow the changes. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+#: Seconds between reports, and after which one who reports no more is forgotten.
+REPORT_S = 1.0
+FORGET_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """Addresses ``host:port`` by name, and a number that grows with every change."""
+
+    version: int = 0
+    replicas: dict[str, str] = field(default_factory=dict)
+    routers: dict[str, str] = field(default_factory=dict)
+
+
+class Directory:
+    """The members of one application. Its loss loses nothing: all report again within `REPORT_S`."""
+
+    def __init__(self, forget_s: float = FORGET_S):
+        self._forget_s = forget_s
+        self._seen: dict[tuple[str, str], tuple[str, float]] = {}
+        self._members = Members(version=time.time_ns())
+        self._changed = asyncio.Condition()
+
+    async def report(self, kind: str, name: str, address: str) -> None:
+        """Notes that a ``replica`` or ``router`` is there."""
+        self._seen[kind, name] = (address, time.monotonic())
+        await self._refresh()
+
+    async def leave(self, kind: str, name: str) -> None:
+        """Forgets one at once."""
+        self._seen.pop((kind, name), None)
+        await self._refresh()
+
+    async def members(self, known_version: int = 0, wait_s: float = 1.0) -> Members:
+        """The members; with the version that the caller knows, waits up to `wait_s` for another."""
+        await self._refresh()
+        if self._members.version == known_version:
+            try:
+                async with asyncio.timeout(wait_s), self._changed:
+                    await self._changed.wait_for(lambda: self._members.version != known_version)
+            except TimeoutError:
+                await self._refresh()
+        return self._members
+
+    async def _refresh(self) -> None:
+        oldest = time.monotonic() - self._forget_s
+        self._seen = {key: entry for key, entry in self._seen.items() if entry[1] >= oldest}
+        replicas = {name: address for (kind, name), (address, _) in self._seen.items() if kind == "replica"}
+        routers = {name: address for (kind, name), (address, _) in self._seen.items() if kind == "router"}
+        if replicas == self._members.replicas and routers == self._members.routers:
+            return
+        self._members = Members(version=self._members.version + 1, replicas=replicas, routers=routers)
+        async with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,1 @@
+"""The data plane of one replica: an engine that steps in a thread, served to routers over gRPC. Without Ray."""

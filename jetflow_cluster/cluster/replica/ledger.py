@@ -1,0 +1,101 @@
+"""The requests that a step loop has, and what is still to be computed for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jetflow_cluster.cluster.replica.rates import RateMeter, Rates
+from jetflow_cluster.cluster.replica.ticket import Ticket, TicketUpdate
+from jetflow_cluster.engine.request import RequestStatus
+from jetflow_cluster.types import FinishReason, RequestDelta
+
+
+class TicketLedger:
+    """Written by one thread; `outstanding_tokens` and `rates` may be read by any."""
+
+    def __init__(self, now_s: float) -> None:
+        #: Prompt and output tokens still to be computed, at most.
+        self.outstanding_tokens = 0
+        self._tickets: dict[str, Ticket] = {}
+        #: Those that were not scheduled yet, in the order of arrival.
+        self._unscheduled: dict[str, Ticket] = {}
+        self._meter = RateMeter(now_s)
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._tickets
+
+    def tickets(self) -> list[Ticket]:
+        """All of them."""
+        return list(self._tickets.values())
+
+    def rates(self, now_s: float) -> Rates:
+        """Of the last seconds."""
+        return self._meter.rates(now_s)
+
+    def add(self, ticket: Ticket) -> None:
+        """Takes a request in."""
+        request = ticket.request
+        num_prompt = len(request.prompt_token_ids)
+        ticket.tokens_left = num_prompt + min(request.params.max_tokens, request.max_len - num_prompt)
+        self.outstanding_tokens += ticket.tokens_left
+        self._tickets[ticket.key] = self._unscheduled[ticket.key] = ticket
+
+    def note_scheduled(self, now_s: float) -> None:
+        """Behind a step that began at `now_s`: notes which requests it was the first for."""
+        while self._unscheduled:
+            # Admission follows the order of arrival: behind the first that waits nobody was admitted.
+            key, ticket = next(iter(self._unscheduled.items()))
+            if ticket.request.status is RequestStatus.WAITING and ticket.request.finish_reason is None:
+                return
+            ticket.scheduled_s = now_s
+            del self._unscheduled[key]
+
+    def note_deltas(self, deltas: Iterable[RequestDelta], now_s: float) -> list[TicketUpdate]:
+        """Counts what a step said of the requests; those that ended are let go."""
+        updates = []
+        num_tokens = num_steps = num_accepted = 0
+        for delta in deltas:
+            ticket = self._tickets.get(delta.request_id)
+            if ticket is None:
+                continue
+            updates.append(TicketUpdate(ticket=ticket, delta=delta))
+            num_tokens += len(delta.token_ids)
+            self._note_tokens(ticket, len(delta.token_ids), now_s)
+            done = ticket.request.speculation
+            num_steps += done.num_steps - ticket.num_counted_steps
+            num_accepted += done.num_accepted_tokens - ticket.num_counted_accepted
+            ticket.num_counted_steps, ticket.num_counted_accepted = done.num_steps, done.num_accepted_tokens
+            if delta.finish_reason is not None:
+                self._let_go(ticket, now_s)
+        if num_tokens:
+            self._meter.add(now_s, num_tokens=num_tokens, num_steps=num_steps, num_accepted=num_accepted)
+        return updates
+
+    def end(self, ticket: Ticket, reason: FinishReason, now_s: float) -> TicketUpdate:
+        """Lets a request go of which the engine says no more."""
+        self._let_go(ticket, now_s)
+        offset = ticket.request.num_output
+        delta = RequestDelta(request_id=ticket.key, offset=offset, token_ids=[], text="", finish_reason=reason)
+        return TicketUpdate(ticket=ticket, delta=delta)
+
+    def _note_tokens(self, ticket: Ticket, count: int, now_s: float) -> None:
+        if not count:
+            return
+        if ticket.first_token_s is None:
+            ticket.first_token_s = now_s
+            request = ticket.request
+            count += len(request.prompt_token_ids) + len(request.params.prior_output_token_ids)
+        self._settle(ticket, min(count, ticket.tokens_left))
+
+    def _let_go(self, ticket: Ticket, now_s: float) -> None:
+        ticket.ended_s = now_s
+        self._settle(ticket, ticket.tokens_left)
+        self._tickets.pop(ticket.key, None)
+        self._unscheduled.pop(ticket.key, None)
+
+    def _settle(self, ticket: Ticket, count: int) -> None:
+        ticket.tokens_left -= count
+        self.outstanding_tokens -= count

@@ -1,0 +1,1 @@
+"""The gRPC front of a cluster: admission, choice of replica, streaming, cancellation, resume."""

@@ -1,0 +1,143 @@
+"""A router as a gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from jetflow_cluster.router.config import RouterConfig
+from jetflow_cluster.router.dispatcher import Dispatcher, Lease
+from jetflow_cluster.router.health import HealthServicer
+from jetflow_cluster.router.peers import Peers
+from jetflow_cluster.router.servicer import InferenceServicer
+from jetflow_cluster.router.text import TextCodec
+from jetflow_cluster.rpc.errors import StatusError
+from jetflow_cluster.rpc.interceptor import ErrorInterceptor
+from jetflow_cluster.rpc.options import SERVER_OPTIONS
+from jetflow_cluster.rpc.v1 import inference_pb2 as pb
+from jetflow_cluster.rpc.v1 import inference_pb2_grpc
+
+_log = logging.getLogger(__name__)
+SERVICE = pb.DESCRIPTOR.services_by_name["JetFlowInference"].full_name
+#: Clients may ask a silent connection this often whether it lives, in milliseconds.
+_MIN_PING_MS = 10_000
+#: Seconds that calls get to notice that the server stops.
+_STOP_GRACE_S = 0.5
+
+
+class RouterServer:
+    """Serves `JetFlowInference`, health and reflection on one port. Make and use it on one event loop.
+
+    It is healthy while at least one replica takes requests and it does not drain.
+
+    Args:
+        config: of the router.
+        lease: told of each request that goes to a replica, with the replica's name and the request's id there; what it
+            returns is called when the request left the replica. It must not block.
+
+    Raises:
+        FileNotFoundError: `config.tokenizer` names no tokenizer.
+    """
+
+    def __init__(self, config: RouterConfig, *, lease: Lease | None = None):
+        self.config = config
+        #: Where it listens, once it was started.
+        self.port = 0
+        self._health = HealthServicer(["", SERVICE])
+        self._dispatcher = Dispatcher(config, on_change=self._note_change, lease=lease)
+        self._peers = Peers(config.router_id)
+        self._codec = TextCodec(config.tokenizer) if config.tokenizer is not None else None
+        self._servicer = InferenceServicer(self._dispatcher, self._peers, self._codec)
+        self._server: grpc.aio.Server | None = None
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether requests can be served now, as health tells it."""
+        return self._health.is_serving
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are being served or wait."""
+        return self._servicer.num_running
+
+    async def start(self) -> int:
+        """Listens, and returns the port.
+
+        Raises:
+            RuntimeError: the port is taken.
+        """
+        server = self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_options(self.config))
+        inference_pb2_grpc.add_JetFlowInferenceServicer_to_server(self._servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((SERVICE, health_service, reflection.SERVICE_NAME), server)
+        self.port = server.add_insecure_port(f"{self.config.host}:{self.config.port}")
+        await server.start()
+        _log.info("router %s listens on port %d", self.config.router_id, self.port)
+        return self.port
+
+    def set_replicas(self, addresses: Mapping[str, str]) -> None:
+        """Makes these the replicas, by name and ``host:port``. Those that leave finish what they run.
+
+        Raises:
+            ValueError: a name or an address cannot be one.
+        """
+        self._dispatcher.replicas.set_replicas(addresses)
+
+    def set_peers(self, addresses: Mapping[str, str]) -> None:
+        """Makes these the routers of the cluster, by name and ``host:port``; this one may be among them."""
+        self._peers.set_peers(addresses)
+
+    def load(self) -> pb.ServerLoad:
+        """The router's queue and its view of the replicas."""
+        return self._servicer.load()
+
+    async def drain(self, timeout_s: float | None = None) -> bool:
+        """Takes nothing new and waits for what runs; True when nothing is left.
+
+        Args:
+            timeout_s: seconds to wait; None is `config.drain_timeout_s`.
+        """
+        self._servicer.is_draining = True
+        self._note_change()
+        try:
+            async with asyncio.timeout(self.config.drain_timeout_s if timeout_s is None else timeout_s):
+                await self._servicer.wait_idle()
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Ends what still runs, on the replicas too, and closes all connections. Safe to call twice.
+
+        Clients of what still runs get UNAVAILABLE, on which they go on elsewhere.
+        """
+        self._servicer.is_draining = True
+        self._health.close()
+        self._dispatcher.end_all(StatusError.unavailable("this server stops", retry_after_s=0.1))
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(_STOP_GRACE_S)
+        await self._dispatcher.replicas.close()
+        await self._peers.close()
+        if self._codec is not None:
+            self._codec.close()
+
+    def _note_change(self) -> None:
+        self._health.set_serving(self._dispatcher.replicas.num_serving > 0 and not self._servicer.is_draining)
+
+
+def _options(config: RouterConfig) -> list[tuple[str, int]]:
+    options = dict(SERVER_OPTIONS)
+    options["grpc.http2.min_ping_interval_without_data_ms"] = _MIN_PING_MS
+    ages = {
+        "grpc.max_connection_age_ms": config.max_connection_age_s,
+        "grpc.max_connection_age_grace_ms": config.max_connection_age_grace_s,
+    }
+    options |= {name: round(value * 1e3) for name, value in ages.items() if value is not None}
+    return list(options.items())

@@ -1,0 +1,180 @@
+"""The methods of `JetFlowInference`, as a router answers them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from jetflow_cluster.router.delivery import Delivery
+from jetflow_cluster.router.dispatcher import Dispatcher
+from jetflow_cluster.router.peers import FORWARDED, Peers
+from jetflow_cluster.router.routed_request import RoutedRequest
+from jetflow_cluster.router.text import TextCodec
+from jetflow_cluster.rpc import checks
+from jetflow_cluster.rpc.convert import check_request
+from jetflow_cluster.rpc.errors import StatusError
+from jetflow_cluster.rpc.v1 import inference_pb2 as pb
+from jetflow_cluster.rpc.v1 import inference_pb2_grpc
+from jetflow_cluster.types import InvalidRequestError
+
+_SEED_BITS = 63
+
+
+class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
+    """The public service. Errors are raised as exceptions, for `rpc.interceptor.ErrorInterceptor` to tell.
+
+    Args:
+        dispatcher: of the router.
+        peers: the other routers.
+        codec: the model's tokenizer; None leaves text to the replicas.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, peers: Peers, codec: TextCodec | None):
+        self._dispatcher, self._peers, self._codec = dispatcher, peers, codec
+        self._num_running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        #: True when new requests are refused.
+        self.is_draining = False
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are being served or wait."""
+        return self._num_running
+
+    async def wait_idle(self) -> None:
+        """Returns when no request is left."""
+        await self._idle.wait()
+
+    # A coroutine that writes, and no generator: cancellation ends it wherever it is, and not when it is collected.
+    async def GenerateStream(self, request: pb.GenerateRequest, context: Any) -> None:
+        """One request; `Started`, deltas, `Finished`."""
+        with self._counted():
+            await (await self._make(request, context)).run(context.write)
+
+    async def GenerateOnce(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResult:
+        """One request, answered when it is finished."""
+        result = pb.GenerateResult()
+        text: list[str] = []
+
+        async def collect(event: pb.GenerateEvent) -> None:
+            kind = event.WhichOneof("event")
+            if kind == "delta":
+                result.token_ids.extend(event.delta.token_ids)
+                result.logprobs.extend(event.delta.logprobs)
+                text.append(event.delta.text)
+            elif kind is not None:
+                getattr(result, kind).CopyFrom(getattr(event, kind))
+
+        with self._counted():
+            await (await self._make(request, context)).run(collect)
+        result.text = "".join(text)
+        return result
+
+    async def AbortRequest(self, request: pb.AbortRequestRequest, context: Any) -> pb.AbortRequestResponse:
+        """Ends requests, whichever router they came through."""
+        checks.check_abort(request)
+        names = list(dict.fromkeys(request.request_ids))
+        aborted = {name for name in names if self._dispatcher.abort(name)}
+        others = [name for name in names if name not in aborted]
+        if others and not any(key == FORWARDED for key, _ in context.invocation_metadata() or ()):
+            aborted |= await self._peers.abort(others)
+            for name in others:
+                # Its router may be gone; a replica knows the request by the id that names them both.
+                if name not in aborted:
+                    self._dispatcher.replicas.abort_everywhere(name)
+        return pb.AbortRequestResponse(
+            aborted_ids=[name for name in names if name in aborted],
+            unknown_ids=[name for name in names if name not in aborted],
+        )
+
+    async def GetModelCard(self, request: pb.GetModelCardRequest, context: Any) -> pb.ModelCard:
+        """What is served."""
+        checks.refuse(checks.model_problems("model", request.model))
+        return await self._dispatcher.replicas.card(request.model)
+
+    async def GetServerLoad(self, request: pb.GetServerLoadRequest, context: Any) -> pb.ServerLoad:
+        """Load of every replica as this router sees it."""
+        return self.load()
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        """Token ids of a text or a conversation."""
+        checks.check_tokenize(request)
+        return pb.TokenizeResponse(token_ids=await self._encode(request))
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
+        """The text of token ids."""
+        checks.check_detokenize(request)
+        if self._codec is None:
+            limit = "cannot be turned into text: the model has no tokenizer"
+            raise InvalidRequestError("token_ids", f"{len(request.token_ids)} tokens", limit)
+        return pb.DetokenizeResponse(text=await self._codec.decode(request.token_ids))
+
+    def load(self) -> pb.ServerLoad:
+        """The router's queue and its view of the replicas."""
+        dispatcher = self._dispatcher
+        return pb.ServerLoad(
+            router_id=dispatcher.config.router_id,
+            num_queued=dispatcher.admission.num_waiting,
+            replicas=dispatcher.replicas.loads(),
+        )
+
+    async def _make(self, request: pb.GenerateRequest, context: Any) -> RoutedRequest:
+        """A request that was checked and encoded."""
+        arrived = time.monotonic()
+        if self.is_draining:
+            raise StatusError.unavailable("this server takes no new requests", retry_after_s=0.1)
+        params = check_request(request)
+        self._dispatcher.replicas.check_model(request.model)
+        deadline = _deadline(request, context, arrived)
+        async with _until(deadline):
+            token_ids = await self._encode(request)
+        seed = params.seed if params.seed is not None else secrets.randbits(_SEED_BITS)
+        delivery = Delivery(request, token_ids, seed)
+        return RoutedRequest(self._dispatcher, request, delivery, arrived=arrived, deadline=deadline)
+
+    async def _encode(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
+        kind = request.WhichOneof("input")
+        if kind == "token_ids" and isinstance(request, pb.GenerateRequest):
+            return list(request.token_ids.ids)
+        if kind == "text" and self._codec is not None:
+            token_ids = await self._codec.encode(request.text)
+        else:
+            is_text = kind == "text"
+            message = pb.TokenizeRequest(text=request.text) if is_text else pb.TokenizeRequest(chat=request.chat)
+            token_ids = await self._dispatcher.replicas.encode(message)
+        if isinstance(request, pb.GenerateRequest):
+            checks.refuse(checks.token_problems(str(kind), token_ids))
+        return token_ids
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._num_running += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_running -= 1
+            if not self._num_running:
+                self._idle.set()
+
+
+def _deadline(request: pb.GenerateRequest, context: Any, arrived: float) -> float | None:
+    """The earlier one of the call's and the request's, by `time.monotonic`."""
+    limits = [] if context.time_remaining() is None else [context.time_remaining()]
+    if request.HasField("timeout_ms"):
+        limits.append(request.timeout_ms / 1e3)
+    return arrived + min(limits) if limits else None
+
+
+@contextlib.asynccontextmanager
+async def _until(deadline: float | None) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+            yield
+    except TimeoutError:
+        raise StatusError.deadline_exceeded("the deadline passed") from None
