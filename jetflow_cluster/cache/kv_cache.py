@@ -9,6 +9,12 @@ from pathlib import Path
 import torch
 
 
+def kv_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What K and V of a model of this dtype are kept in. CPUs compute attention in fp32, so half types are widened
+    once, when they are stored, and not each time the context is read."""
+    return torch.float32 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 def allocate_kv(
     *,
     num_layers: int,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jetflow_cluster.cache.kv_cache import allocate_kv
+from jetflow_cluster.cache.kv_cache import allocate_kv, kv_dtype
 from jetflow_cluster.config import MAX_WIDTH
 from jetflow_cluster.engine.batch import chain_parents, page_table_tensor
 from jetflow_cluster.engine.protocols import ScheduledRequest, StepPlan
@@ -69,7 +69,7 @@ class HeadDrafter:
             page_size=page_size,
             num_kv_heads=head.num_local_kv_heads,
             head_dim=config.head_dim,
-            dtype=head.dtype,
+            dtype=kv_dtype(head.dtype, target.device),
             device=target.device,
         )
 

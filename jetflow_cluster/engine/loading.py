@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from jetflow_cluster.cache.kv_cache import available_memory_bytes, bytes_per_page
+from jetflow_cluster.cache.kv_cache import available_memory_bytes, bytes_per_page, kv_dtype
 from jetflow_cluster.cache.page_pool import PagePool
 from jetflow_cluster.cache.prefix_cache import PrefixCache
 from jetflow_cluster.config import EngineConfig
@@ -238,7 +238,7 @@ def _plan_pages(config: EngineConfig, max_model_len: int, target: TargetModel) -
         page_size=config.page_size,
         num_kv_heads=target.num_local_kv_heads,
         head_dim=target.config.head_dim,
-        dtype=target.dtype,
+        dtype=kv_dtype(target.dtype, target.device),
     )
     per_request = -(-max_model_len // config.page_size)
     # The draft context mirrors the pages; its share of bytes is small beside the target's.

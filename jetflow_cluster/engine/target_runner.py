@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jetflow_cluster.cache.kv_cache import allocate_kv
+from jetflow_cluster.cache.kv_cache import allocate_kv, kv_dtype
 from jetflow_cluster.engine.batch import StepBatch
 from jetflow_cluster.models.batch import ForwardBatch
 from jetflow_cluster.models.registry import TargetModel
@@ -25,7 +25,7 @@ class TargetRunner:
             page_size=page_size,
             num_kv_heads=model.num_local_kv_heads,
             head_dim=config.head_dim,
-            dtype=model.dtype,
+            dtype=kv_dtype(model.dtype, model.device),
             device=model.device,
         )
 

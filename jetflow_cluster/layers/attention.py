@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from jetflow_cluster.layers.inference_module import InferenceModule
-from jetflow_cluster.layers.linear import Piece, QkvLinear, RowParallelLinear, project
+from jetflow_cluster.layers.linear import Piece, QkvLinear, RowParallelLinear
 from jetflow_cluster.layers.norm import rms_norm
 from jetflow_cluster.layers.rotary import rotate
 from jetflow_cluster.parallel.tp_group import TpGroup
@@ -59,7 +59,7 @@ class PagedAttention(InferenceModule):
         v_pages: torch.Tensor,
     ) -> None:
         """Writes K and V of rows ``[N, hidden_size]`` and attends to nothing."""
-        heads = project(x, self.qkv.kv_weight).view(x.shape[0], -1, self.head_dim)
+        heads = self.qkv.key_values(x).view(x.shape[0], -1, self.head_dim)
         k = rms_norm(heads[:, : self.num_kv_heads], self.qk_norm[self.num_heads :], self._eps)
         store_kv(rotate(k, cos, sin), heads[:, self.num_kv_heads :], k_pages, v_pages, slot_mapping)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jetflow_cluster.layers.inference_module import InferenceModule
-from jetflow_cluster.layers.linear import Piece, project
+from jetflow_cluster.layers.linear import Piece, pack, project
 from jetflow_cluster.parallel.shard import even_slice
 from jetflow_cluster.parallel.tp_group import TpGroup
 
@@ -45,6 +45,11 @@ class ParallelLmHead(InferenceModule):
         self._tp, self._tied = tp, tied
         self._own = None if tied else VocabParallelEmbedding("lm_head", vocab_size, hidden_size, tp)
         self._shared = [embedding]
+        self._packed: torch.Tensor | None = None
+
+    def pack(self) -> None:
+        """See `Linear.pack`."""
+        self._packed = pack(self.weight)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -53,7 +58,7 @@ class ParallelLmHead(InferenceModule):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        return self._tp.all_gather_last_dim(project(hidden, self.weight))
+        return self._tp.all_gather_last_dim(project(hidden, self.weight, self._packed))
 
     def pieces(self) -> Iterator[Piece]:
         """What to read from a checkpoint."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from jetflow_cluster.layers.embedding import ParallelLmHead
+from jetflow_cluster.layers.linear import Linear
 from jetflow_cluster.models.config import TargetConfig, read_json
 from jetflow_cluster.models.draft_head import DraftFuser, DraftHead, DraftHeadConfig, head_config_json
 from jetflow_cluster.models.registry import TARGETS, TargetModel
@@ -210,4 +212,7 @@ def _fill(
             with torch.no_grad():
                 for name, _, slices, destination in model.pieces():
                     destination.copy_(stored.read(name, slices))
+            for module in model.modules():
+                if isinstance(module, (Linear, ParallelLmHead)):
+                    module.pack()
     model.eval()

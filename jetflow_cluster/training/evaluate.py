@@ -190,16 +190,17 @@ class _Comparison:
         plain = self._variants[0][0]
         chains = {"chain": plain, "chain, side-car": "exact tree, side-car"}
         chains |= {"coupled chain, side-car": "coupled tree, side-car"}
+        widest = self._widths()[-1]
         for name, source in chains.items():
-            if (source, self._config.width) in self._tables:
-                tables = self._tables[source, self._config.width]
+            if (source, widest) in self._tables:
+                tables = self._tables[source, widest]
                 nodes = self._depth + 1
 
                 def chain(p: int, at: int, _: int, tables: Any = tables) -> DraftTree:
                     return chain_tree(tables[p][at])
 
                 rows.append(self._row(name, [walk(self._texts, chain, (nodes,))]))
-        full = self._tables[plain, self._config.width]
+        full = self._tables[plain, widest]
         if self._texts.temperature == 0:
             draft = lambda p, at, n: full_width_tree(full[p][at], n)  # noqa: E731
             rows.append(self._row("full width 7", [walk(self._texts, draft, self._config.budgets, prefix_free=True)]))

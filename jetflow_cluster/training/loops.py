@@ -26,7 +26,7 @@ REPEATED_NGRAM = 6
 PROMPT_TOKENS = 128
 NEW_TOKENS = 128
 #: Prompts of one round, and rows of one step, half of which are text as it is.
-ROUND_PROMPTS = 512
+ROUND_PROMPTS = 256
 STEP_ROWS = 32
 LEARNING_RATE = 4e-4
 

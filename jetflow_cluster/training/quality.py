@@ -46,13 +46,13 @@ def held_out_functions(corpus_dir: Path, num: int, seed: int = 0) -> list[tuple[
     return found[:num]
 
 
-def parses(header: str, continuation: str) -> bool:
-    """True when the header and the continuation up to its last whole line are Python.
+def parses(header: str, body: str) -> bool:
+    """True when the header and the body up to its last whole line are Python.
 
     The header's indentation is kept, and opened by one class per level, so that a continuation may go on with a
     sibling or leave the enclosing class, as it may in its file.
     """
-    whole = continuation[: continuation.rfind("\n") + 1]
+    whole = body[: body.rfind("\n") + 1]
     indent = len(header) - len(header.lstrip(" "))
     steps = range(0, indent, 4)
     opening = "".join(" " * level + "class _:\n" for level in steps)
@@ -63,6 +63,27 @@ def parses(header: str, continuation: str) -> bool:
     except (SyntaxError, ValueError):
         return False
     return True
+
+
+def own_lines(header: str, continuation: str) -> str:
+    """The part of a continuation that belongs to the function: up to the first line as far left as the header."""
+    indent = len(header) - len(header.lstrip(" "))
+    kept = []
+    for line in continuation.splitlines(keepends=True):
+        if line.strip() and len(line) - len(line.lstrip(" ")) <= indent:
+            break
+        kept.append(line)
+    return "".join(kept)
+
+
+def held_out_text(corpus_dir: Path, functions: list[tuple[str, str, str]], tokenizer: Any, num: int) -> list[str]:
+    """What really follows each of `held_out_functions`, `num` tokens of it: the measure of the measures."""
+    files = {f["name"]: f["text"] for f in json.loads((corpus_dir / "held_out.json").read_text())}
+    found = []
+    for name, text, _ in functions:
+        rest = files[name.rpartition(":")[0]][len(text) : len(text) + 16 * num]
+        found.append(tokenizer.decode(tokenizer.encode(rest, add_special_tokens=False).ids[:num]))
+    return found
 
 
 def continuations(target: Path, corpus_dir: Path, *, num: int, num_tokens: int) -> list[dict[str, Any]]:
@@ -76,12 +97,15 @@ def continuations(target: Path, corpus_dir: Path, *, num: int, num_tokens: int) 
     model = load_causal_lm(target, torch.float32)
     made = continue_prompts(model, prompts, num_tokens, starts=starts)[:, longest:].tolist()
     rows = []
-    for (name, _, header), new in zip(functions, made, strict=True):
+    real = held_out_text(corpus_dir, functions, tokenizer, num_tokens)
+    for (name, _, header), new, true in zip(functions, made, real, strict=True):
         if END_OF_TEXT_ID in new:
             new = new[: new.index(END_OF_TEXT_ID)]
         text = tokenizer.decode(new)
-        row = {"name": name, "header": header, "continuation": text, "parses": parses(header, text)}
-        rows.append(row | {"distinct_4grams": distinct_4grams(new)})
+        row = {"name": name, "header": header, "continuation": text, "distinct_4grams": distinct_4grams(new)}
+        row |= {"function_parses": parses(header, own_lines(header, text)), "all_parses": parses(header, text)}
+        row |= {"real_function_parses": parses(header, own_lines(header, true)), "real_parses": parses(header, true)}
+        rows.append(row)
     return rows
 
 
@@ -98,7 +122,12 @@ def measure_quality(target: Path, corpus_dir: Path, *, num: int = 100, num_token
         "bits_per_byte": bits,
         "functions": len(rows),
         "tokens_each": num_tokens,
-        "share_that_parses": sum(r["parses"] for r in rows) / len(rows),
+        # Of the lines that belong to the function, and of all that was generated, cut at the last whole line; beside
+        # each, what the same measure says of the text that people wrote.
+        "share_that_parses": sum(r["function_parses"] for r in rows) / len(rows),
+        "share_that_parses_of_real_text": sum(r["real_function_parses"] for r in rows) / len(rows),
+        "share_that_parses_uncut": sum(r["all_parses"] for r in rows) / len(rows),
+        "share_that_parses_uncut_of_real_text": sum(r["real_parses"] for r in rows) / len(rows),
         "distinct_4grams": round(sum(r["distinct_4grams"] for r in rows) / len(rows), 4),
         "continuations": rows,
     }

@@ -186,8 +186,8 @@ def main() -> None:
     parser.add_argument(
         "--train-dir", type=Path, default=Path("build/train"), help="everything on the way is kept here"
     )
-    parser.add_argument("--target-minutes", type=float, default=58.0)
-    parser.add_argument("--head-minutes", type=float, default=20.0)
+    parser.add_argument("--target-minutes", type=float, default=126.0)
+    parser.add_argument("--head-minutes", type=float, default=18.0)
     parser.add_argument("--comparison-minutes", type=float, default=2.0, help="per head; 0 leaves it out")
     given = parser.parse_args()
     run(

@@ -42,7 +42,7 @@ class SideCarTrainingConfig:
     train_width: int = 32
     #: Blocks whose guesses are gathered, and the most minutes for that.
     max_blocks: int = 400_000
-    max_gather_minutes: float = 2.5
+    max_gather_minutes: float = 3.5
     #: Minutes of training on them.
     max_minutes: float = 1.5
     #: Guesses per step.

@@ -155,7 +155,7 @@ def _conditional(
         delta = delta / divisors[:, 1:].unsqueeze(3)
     deeper = scores[:, 1:]
     rest = (1.0 - deeper.exp().sum(-1, keepdim=True)).clamp_min_(_LEAST_REST).log_()
-    joint = deeper.unsqueeze(2) + delta
-    joint -= torch.logaddexp(joint.logsumexp(-1), rest).unsqueeze(3)
+    joint = torch.cat((deeper.unsqueeze(2) + delta, rest.unsqueeze(2).expand(-1, -1, delta.shape[2], -1)), -1)
+    joint = joint.log_softmax(-1)[..., :-1]
     first = scores[:, :1].unsqueeze(2).expand(-1, -1, scores.shape[2], -1)
     return torch.cat((first, joint), 1)

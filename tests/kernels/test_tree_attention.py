@@ -37,6 +37,7 @@ def _compare(
     head_dim: int = 16,
     page_size: int = 16,
     dtype: torch.dtype = torch.float64,
+    pages_dtype: torch.dtype | None = None,
     bidirectional: bool = False,
     consecutive: bool = False,
     tolerance: float = 1e-12,
@@ -47,7 +48,7 @@ def _compare(
     if not consecutive:
         rng.shuffle(ids)
     shape = (len(ids), page_size, heads[1], head_dim)
-    k, v = (torch.full(shape, float("nan"), dtype=dtype) for _ in range(2))
+    k, v = (torch.full(shape, float("nan"), dtype=pages_dtype or dtype) for _ in range(2))
     table = torch.zeros(len(requests), max(counts), dtype=torch.int32)
     parents: list[int] = []
     for r, (rows, context, kind) in enumerate(requests):
@@ -105,6 +106,19 @@ def test_page_sizes(page_size: int) -> None:
 )
 def test_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     _compare(BATCHES["everything"], dtype=dtype, tolerance=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
+def test_half_queries_read_widened_pages(dtype: torch.dtype, tolerance: float) -> None:
+    _compare(BATCHES["everything"], dtype=dtype, pages_dtype=torch.float32, tolerance=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pages_dtype"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)], ids=str
+)
+def test_narrowed_pages_are_refused(dtype: torch.dtype, pages_dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="k_pages"):
+        _compare(BATCHES["one-token"], dtype=dtype, pages_dtype=pages_dtype)
 
 
 def test_largest_tree() -> None:

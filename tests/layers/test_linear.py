@@ -16,7 +16,9 @@ from jetflow_cluster.layers.linear import (
     QkvLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    pack,
     prefixed,
+    project,
 )
 from jetflow_cluster.parallel.tp_group import TpGroup
 from layers.ranks import fill, on_ranks
@@ -60,7 +62,7 @@ def test_every_query_head_meets_its_own_kv_head(size: int, heads: int, kv_heads:
             torch.testing.assert_close(local[0][:, i], q[:, head])
             torch.testing.assert_close(local[1][:, i * num_kv // num], k[:, head * kv_heads // heads])
             torch.testing.assert_close(local[2][:, i * num_kv // num], v[:, head * kv_heads // heads])
-        torch.testing.assert_close(F.linear(x, layer.kv_weight), torch.cat([t.flatten(1) for t in local[1:]], -1))
+        torch.testing.assert_close(layer.key_values(x), torch.cat([t.flatten(1) for t in local[1:]], -1))
         first += num
     assert first == heads
 
@@ -125,3 +127,27 @@ def test_inference_module_is_a_module() -> None:
     twin.inner.weight.data.zero_()
     assert twin(torch.ones(1, 2, dtype=torch.float64)).abs().sum() == 0
     assert pair.inner.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize("in_size, out_size", [(1280, 384), (384, 4096), (33, 47), (16, 1)], ids=str)
+def test_a_packed_weight_gives_each_row_the_same_whatever_the_batch(
+    in_size: int, out_size: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_size, in_size, generator=generator).to(dtype)
+    x = torch.randn(65, in_size, generator=generator).to(dtype)
+    packed = pack(weight)
+    if packed is None:
+        pytest.skip("this build of torch has no oneDNN")
+    whole = project(x, weight, packed)
+    exact = x.double() @ weight.double().T
+    assert float((whole.double() - exact).abs().max()) < tolerance * float(exact.abs().max())
+    for num_rows in (0, 1, 2, 3, 8, 17, 64):
+        assert torch.equal(project(x[:num_rows], weight, packed), whole[:num_rows]), num_rows
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(3, 2, dtype=torch.float64), torch.zeros(0, 2)], ids=["fp64", "empty"])
+def test_what_cannot_be_packed_is_left_as_it_is(weight: torch.Tensor) -> None:
+    assert pack(weight) is None
+    assert project(torch.ones(4, 2, dtype=weight.dtype), weight).shape == (4, weight.shape[0])

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from support.small_models import write_target
 from transformers import AutoModelForCausalLM
 
 from jetflow_cluster.training import loops
+from support.small_models import write_target
 
 
 def test_repetitions_are_ends_of_ngrams_seen_before() -> None:

@@ -7,6 +7,7 @@ import torch
 from jetflow_kernels.tree_attention.cpu import tree_attention_cpu
 from jetflow_kernels.tree_attention.plan import TreeAttentionPlan
 
+_HALF = (torch.bfloat16, torch.float16)
 #: `cpu.py` is plain torch, so it serves CUDA as well.
 _IMPLEMENTATIONS = {"cpu": tree_attention_cpu, "cuda": tree_attention_cpu}
 
@@ -19,8 +20,9 @@ def tree_attention(
     Args:
         plan: of this batch; the same one serves all layers.
         q: ``[T, num_heads, head_dim]`` in fp64, fp32, bf16 or fp16; rows may be strided.
-        k_pages: ``[num_pages, page_size, num_kv_heads, head_dim]``, contiguous, of q's dtype and device; K of the
-            batch's own rows is stored already. Slots that no row may see are never read into a result, NaN or not.
+        k_pages: ``[num_pages, page_size, num_kv_heads, head_dim]``, contiguous, on q's device, of q's dtype or, beside
+            a half q, fp32; K of the batch's own rows is stored already. Slots that no row may see are never read into a
+            result, NaN or not.
         v_pages: as `k_pages`.
         scale: factor of the scores, as a rule ``head_dim ** -0.5``.
 
@@ -44,7 +46,8 @@ def tree_attention(
         )
     if num_heads % num_kv_heads or head_dim != k_pages.shape[3]:
         raise ValueError(f"q {tuple(q.shape)} and pages {tuple(k_pages.shape)} disagree on heads or head_dim")
-    if not (q.dtype == k_pages.dtype == v_pages.dtype and q.device == k_pages.device == v_pages.device):
+    fits = k_pages.dtype in (q.dtype, torch.float32) if q.dtype in _HALF else k_pages.dtype == q.dtype
+    if not (fits and k_pages.dtype == v_pages.dtype and q.device == k_pages.device == v_pages.device):
         raise ValueError(
             f"q is {q.dtype} on {q.device}, k_pages {k_pages.dtype} on {k_pages.device}, "
             f"v_pages {v_pages.dtype} on {v_pages.device}"

@@ -1,0 +1,102 @@
+"""The whole way from a text to a head with a side-car, small: what comes out loads and is served."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
+from jetflow_cluster.training.distill import DistillConfig, distill
+from jetflow_cluster.training.evaluate import EvaluateConfig, evaluate
+from jetflow_cluster.training.sidecar_training import SCALES, SideCarTrainingConfig, train_sidecar
+from support.small_models import write_target
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DistillConfig:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    target = tmp_path / "target"
+    target.mkdir()
+    write_target(target, num_layers=4, dtype=torch.float32)
+    words = ["alpha", "beta", "gamma", "delta", "(", ")", "\n", "    return "]
+    rng = random.Random(0)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(rng.choice(words) for _ in range(3000)))
+    return DistillConfig(
+        target=target,
+        source=text,
+        output_dir=tmp_path / "out",
+        num_regenerated=48,
+        num_windows=8,
+        prompt_tokens=32,
+        new_tokens=24,
+        num_sequences=4,
+        num_anchors=8,
+        num_held_out=4,
+        held_out_tokens=16,
+        max_blocks=160,
+        max_minutes=5.0,
+        measure_every_minutes=100.0,
+    )
+
+
+def test_a_head_is_trained_measured_and_served(config: DistillConfig, tmp_path: Path) -> None:
+    head = distill(config)
+    assert distill(config) == head
+    sidecar = SideCarTrainingConfig(
+        distill=config, head=head, max_blocks=200, max_gather_minutes=0.02, max_minutes=0.02, batch_size=64
+    )
+    assert train_sidecar(sidecar) == head
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('["' + "alpha beta gamma delta " * 3 + '", "' + "return delta ( ) " * 4 + '"]')
+    found = evaluate(
+        EvaluateConfig(
+            target=config.target,
+            head=head,
+            prompts=prompts,
+            output_dir=tmp_path / "evaluation",
+            prompt_tokens=32,
+            num_tokens=16,
+            budgets=(8, 16),
+        )
+    )
+    assert {"exact tree, side-car", "coupled tree, side-car", "prompt lookup"} <= {r["name"] for r in found["rows"]}
+    assert all(a >= 1 for r in found["rows"] for a in r["acceptance"])
+
+    llm = LLM(str(config.target), str(head), dtype="float32", num_pages=32)
+    assert len(llm.engine.drafter.sidecar.config.scales) == 7
+    assert set(llm.engine.drafter.sidecar.config.scales) <= set(SCALES)
+    params = [
+        SamplingParams(max_tokens=12, temperature=t, seed=1, speculation=SpeculationOptions(mode=mode))
+        for t in (0.0, 1.0)
+        for mode in ("off", "force")
+    ]
+    outputs = [o.token_ids for o in llm.generate([[5, 6, 7]] * 4, params)]
+    assert outputs[0] == outputs[1]
+    assert outputs[2] == outputs[3]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(config: DistillConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jetflow_cluster.training import distill as module
+
+    calls = 0
+    real = module.block_loss
+
+    def interrupted(*args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "block_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config, state_every_s=0.0)
+    state = torch.load(config.output_dir / "state.pt", weights_only=True)
+    assert state["step"] == 2
+    head = distill(config, state_every_s=0.0)
+    once = distill(replace(config, output_dir=config.output_dir.parent / "once", data_dir=config.sequences_dir))
+    resumed, whole = ((h / "model.safetensors").read_bytes() for h in (head, once))
+    assert resumed == whole
