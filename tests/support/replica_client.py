@@ -53,13 +53,15 @@ class RouterStream:
         self.heard: dict[str, Heard] = {}
         #: Called with each request's id and delta before anything else is read.
         self.on_delta: Callable[[str, pb.Delta], None] = lambda request_id, delta: None
-        self.error: grpc.aio.AioRpcError | None = None
+        #: What ended the reading.
+        self.error: Exception | None = None
         self._hello = rpb.Hello(router_id=router_id, grace_ms=grace_ms)
-        options = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+        # A connection may take its time to be made: this is the least that gRPC allows one.
+        options = dict(CHANNEL_OPTIONS) | {"grpc.min_reconnect_backoff_ms": 60_000, "grpc.use_local_subchannel_pool": 1}
         if not reads:
             # Windows that fill soon, and do not grow.
-            options += (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536))
-        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options)
+            options |= {"grpc.http2.bdp_probe": 0, "grpc.http2.lookahead_bytes": 65_536}
+        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=list(options.items()))
         self.stub = replica_pb2_grpc.JetFlowReplicaStub(self._channel)
         self.call: Any = None
         self._reads, self._changed = reads, asyncio.Condition()
@@ -101,7 +103,9 @@ class RouterStream:
 
     async def wait(self, holds: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
         async with asyncio.timeout(timeout_s), self._changed:
-            await self._changed.wait_for(holds)
+            await self._changed.wait_for(lambda: holds() or self.error is not None)
+        if not holds() and self.error is not None:
+            raise self.error
 
     async def ended(self, *request_ids: str) -> list[Heard]:
         await self.wait(lambda: all(name in self.heard and self.heard[name].has_ended for name in request_ids))
@@ -129,8 +133,10 @@ class RouterStream:
                     self._take(event)
                 async with self._changed:
                     self._changed.notify_all()
-        except grpc.aio.AioRpcError as error:
+        except Exception as error:
             self.error = error
+            async with self._changed:
+                self._changed.notify_all()
 
     def _take(self, event: rpb.ReplicaEvent) -> None:
         heard = self.heard.setdefault(event.request_id, Heard())

@@ -217,6 +217,13 @@ class ReplicaServicer(replica_pb2_grpc.JetFlowReplicaServicer):
         key = f"{submit.request_id}#{next(self._serial)}"
         limit = self._config.max_frame_bytes
         request = request_from_proto(self._frontend, submit, key=key, max_logprobs_bytes=limit)
+        started = started_to_proto(
+            request_id=submit.request_id,
+            replica_id=self._config.replica_id,
+            model=self._card.model,
+            seed=request.seed,
+            prompt_token_ids=request.prompt_token_ids,
+        )
         if earlier is not None:
             self.step_loop.abort([earlier.key])
             self._roster.forget(earlier)
@@ -226,13 +233,6 @@ class ReplicaServicer(replica_pb2_grpc.JetFlowReplicaServicer):
         if submit.HasField("timeout_ms"):
             loop = asyncio.get_running_loop()
             running.timer = loop.call_later(submit.timeout_ms / 1e3, self.step_loop.abort, [key])
-        started = started_to_proto(
-            request_id=submit.request_id,
-            replica_id=self._config.replica_id,
-            model=self._card.model,
-            seed=request.seed,
-            prompt_token_ids=request.prompt_token_ids,
-        )
         return rpb.ReplicaEvent(request_id=submit.request_id, started=started)
 
     def _hand_over(self) -> None:

@@ -173,15 +173,15 @@ def test_a_lost_engine_shows(make_frontend: Any) -> None:
     asyncio.run(run())
 
 
-def test_what_cannot_be_told_is_refused(frontend: EngineFrontend, monkeypatch: Any, caplog: Any) -> None:
+@pytest.mark.parametrize("name", ["started_to_proto", "events_of"])
+def test_what_cannot_be_told_is_refused(frontend: EngineFrontend, monkeypatch: Any, caplog: Any, name: str) -> None:
     def fail(*args: Any) -> Any:
         raise KeyError("secret inside")
 
     async def run() -> None:
         async with replica_server(frontend) as server, RouterStream(server.port) as router:
             with monkeypatch.context() as patched:
-                patched.setattr("jetflow_cluster.cluster.replica.servicer.events_of", fail)
-                patched.setattr("jetflow_cluster.cluster.replica.servicer.started_to_proto", fail)
+                patched.setattr(f"jetflow_cluster.cluster.replica.servicer.{name}", fail)
                 router.submit("x", [1, 2], LONG)
                 (heard,) = await router.ended("x")
                 assert heard.refused == rpb.Refused(request_id="x", code=rpb.REFUSAL_CODE_INTERNAL)
