@@ -15,9 +15,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
     # A request may wait in a queue for long; its connection is asked all the while.
     ("grpc.http2.max_pings_without_data", 0),
-    # A server that comes back is found soon.
+    # A server that comes back is found soon; the minimum is what one attempt may take.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 5000),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 
