@@ -50,6 +50,8 @@ def cluster() -> Iterator[None]:
         configure_logging=False,
         runtime_env={"env_vars": {"PYTHONPATH": paths}},
     )
+    # Routers have a port of their own; Serve's HTTP proxy is not needed.
+    serve.start(proxy_location="Disabled")
     yield
     serve.shutdown()
     ray.shutdown()
