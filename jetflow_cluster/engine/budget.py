@@ -25,7 +25,7 @@ class BudgetTable:
 
     @classmethod
     def from_costs(cls, step_s: Mapping[int, Mapping[int, float]], acceptance: Mapping[int, float]) -> BudgetTable:
-        """The best n for each r that was measured.
+        """The best n for each r that was measured; no speculation where nothing was.
 
         Args:
             step_s: ``step_s[r][n]``, seconds of a whole step over r trees of n nodes; n = 1 must be there.
@@ -37,7 +37,7 @@ class BudgetTable:
             rates = {n: acceptance[n] / seconds for n, seconds in by_nodes.items() if n > 1 and n in acceptance}
             best = max(rates, key=lambda n: rates[n], default=1)
             table[running] = best if best > 1 and rates[best] > MIN_GAIN * plain else 1
-        return cls(table)
+        return cls(table or {1: 1})
 
     def nodes_per_tree(self, num_decoding: int) -> int:
         """The row of the next larger measured load; behind the last one, the last one's rows shared out."""

@@ -56,7 +56,10 @@ def measure_acceptance(
 def measure_steps(
     engine: Engine, make_request: RequestFactory, prompt: Sequence[int], max_running: int, max_rows: int
 ) -> dict[int, dict[int, float]]:
-    """Seconds of a whole step for r running requests with trees of n nodes; the best of three."""
+    """Seconds of a whole step for r running requests with trees of n nodes; the best of three. Requests that the pool
+    cannot hold at once, with all that these steps write, are not measured."""
+    rows = len(prompt) + len(NODES) * 4 * (engine.drafter.max_depth + 1 if engine.drafter else 1) + NODES[-1]
+    max_running = min(max_running, engine.pool.num_pages // (-(-rows // engine.target.page_size) + 1))
     costs: dict[int, dict[int, float]] = {}
     previous = engine.scheduler.budget
     options = SpeculationOptions(mode=SpeculationMode.AUTO)

@@ -106,3 +106,10 @@ def test_end_of_text_is_part_of_the_output(llm: LLM) -> None:
     assert (output.text, output.finish_reason) == ("", FinishReason.STOP)
     (later,) = llm.generate([4, 5], _params(ignore_eos=False, logit_bias=bias, min_tokens=6, speculation=FORCE))
     assert later.token_ids.index(EOS_ID) == 6
+
+
+@pytest.mark.parametrize("num_pages", [17, 24, 60])
+def test_warm_up_ends_where_the_pool_holds_few_requests(tiny_target: str, tiny_head: str, num_pages: int) -> None:
+    small = LLM(tiny_target, tiny_head, dtype="float64", num_pages=num_pages, page_size=16)
+    (output,) = small.generate([1, 2, 3], _params(max_tokens=4))
+    assert output.usage.completion_tokens == 4
