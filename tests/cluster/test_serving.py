@@ -19,6 +19,8 @@ from jetflow_cluster.cluster.app import build_app
 from jetflow_cluster.rpc.client import JetFlowClient
 from support.small_models import write_head, write_target
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[i + 1, 2 * i + 5, 7, 40 + i] * (1 + i % 5) for i in range(12)]
 
 
