@@ -76,8 +76,7 @@ def distill(
 
     What is not given is as in the recipe of the embedded head.
     """
-    from jetflow_cluster.training.distill import DistillConfig
-    from jetflow_cluster.training.distill import distill as train
+    from jetflow_cluster.training import distill as training
 
     head_dir = draft_head if draft_head is not None else output / "draft_head"
     given: dict[str, Any] = {
@@ -98,11 +97,11 @@ def distill(
     chosen = {name: value for name, value in given.items() if value is not None}
     if gamma is not None:
         chosen["gamma"] = gamma or None
-    config = DistillConfig(target=_target_dir(model), source=source, output_dir=output, seed=seed, **chosen)
+    config = training.DistillConfig(target=_target_dir(model), source=source, output_dir=output, seed=seed, **chosen)
     if sidecar:
         _train_sidecar(config, head_dir, rank=rank, minutes=minutes, device=_device(device))
     else:
-        stdout.print(f"wrote {train(config, device=_device(device))}")
+        stdout.print(f"wrote {training.distill(config, device=_device(device))}")
 
 
 def _train_sidecar(

@@ -30,11 +30,10 @@ class ShardActor(TargetShard):
 
     def __init__(self, config: ClusterConfig, rank: int, replica_id: str):
         super().__init__(config, rank, get_node_ip_address(), replica_id)
-        self._stopped = threading.Event()
 
     def live(self) -> None:
-        """Returns when the actor is stopped; its owner notices a death by it."""
-        self._stopped.wait()
+        """Never returns, so that its end tells the owner of the actor's death."""
+        threading.Event().wait()
 
 
 class DraftActor(DraftWorkerProcess):
@@ -88,11 +87,6 @@ class ReplicaActors:
         threading.Thread(target=self._watch, name="replica-watch", daemon=True).start()
         _log.info("%s serves at %s after %s", self._replica_id, served.address, served.phases)
         return served
-
-    def health(self) -> dict[str, Any]:
-        """What rank 0 says of itself; raises when it does not answer."""
-        found: dict[str, Any] = ray.get(self._shards[0].health.remote(), timeout=2.0)
-        return found
 
     def process_ids(self) -> dict[str, int]:
         """Of every actor, by its part."""

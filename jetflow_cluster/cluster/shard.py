@@ -61,7 +61,6 @@ class Served:
     address: str
     #: Seconds by phase of the start.
     phases: dict[str, float]
-    process_id: int
 
 
 class TargetShard:
@@ -106,12 +105,6 @@ class TargetShard:
     def process_id(self) -> int:
         """Of this shard."""
         return os.getpid()
-
-    def health(self) -> dict[str, Any]:
-        """Whether this rank works: state of the step loop and seconds that the running step has taken."""
-        if self._server is None:
-            return {"rank": self._rank, "step_age_s": 0.0}
-        return {"rank": 0, "step_age_s": self._server.step_loop.step_age_s}
 
     def drain(self) -> None:
         """Rank 0: takes nothing new and lets running requests finish."""
@@ -198,7 +191,7 @@ class TargetShard:
         threading.Thread(target=self._run_server, args=(server_config, ready), name="data-plane", daemon=True).start()
         address = ready.result()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        return Served(address=address, phases=dict(self._phases), process_id=os.getpid())
+        return Served(address=address, phases=dict(self._phases))
 
     def _wait_for_workers(self, drafter: RemoteDrafter) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -241,9 +234,13 @@ class DraftWorkerProcess:
         self._config, self._name = config, name
         _use_threads(config)
 
-    def start(self, links: tuple[str, int], secret: bytes, num_pages: int) -> int:
-        """Loads the head and offers itself to the target; returns the process id. Guesses until the target lets go,
-        then ends the process, so that whoever started it starts another."""
+    def process_id(self) -> int:
+        """Of this worker."""
+        return os.getpid()
+
+    def start(self, links: tuple[str, int], secret: bytes, num_pages: int) -> None:
+        """Loads the head and offers itself to the target. Guesses until the target lets go, then ends the process, so
+        that whoever started it starts another."""
         drafter = load_draft_worker(self._config.engine_config(), num_pages=num_pages)
         worker = DraftWorker(
             drafter,
@@ -258,7 +255,6 @@ class DraftWorkerProcess:
             die(f"draft worker {self._name}: the target let go")
 
         threading.Thread(target=run, name="draft-worker", daemon=True).start()
-        return os.getpid()
 
 
 def die(why: str) -> NoReturn:

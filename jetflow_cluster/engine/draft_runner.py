@@ -14,7 +14,6 @@ from jetflow_cluster.engine.protocols import ScheduledRequest, StepPlan
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.models.batch import ForwardBatch
 from jetflow_cluster.models.draft_head import DraftHead, DraftHeadConfig
-from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.models.sidecar import SideCar
 from jetflow_cluster.models.target_ends import TargetEnds
 from jetflow_cluster.tree.build import CandidateTable
@@ -48,7 +47,7 @@ class HeadDrafter:
         self,
         head: DraftHead,
         sidecar: SideCar | None,
-        target: TargetModel | TargetEnds,
+        target: TargetEnds,
         *,
         num_pages: int,
         page_size: int,

@@ -217,7 +217,7 @@ def checkpoints(config: EngineConfig) -> tuple[Path, Path | None]:
     return target, head
 
 
-def _draft_dtype(name: str, target: TargetModel | TargetEnds) -> torch.dtype:
+def _draft_dtype(name: str, target: TargetEnds) -> torch.dtype:
     if name != "auto":
         found: torch.dtype = getattr(torch, name)
         return found

@@ -122,7 +122,7 @@ def load_fuser(
     return fuser
 
 
-def load_sidecar(folder: Path, target: TargetModel | TargetEnds, *, device: torch.device) -> SideCar | None:
+def load_sidecar(folder: Path, target: TargetEnds, *, device: torch.device) -> SideCar | None:
     """The side-car beside a head, or None when there is none. Each rank holds all of it, in fp32.
 
     Raises:
@@ -148,7 +148,7 @@ def load_sidecar(folder: Path, target: TargetModel | TargetEnds, *, device: torc
     return SideCar(config, parent, child)
 
 
-def _target_fingerprint(target: TargetModel | TargetEnds) -> str:
+def _target_fingerprint(target: TargetEnds) -> str:
     """Of the stored embedding: a rank holds a part of it only, and perhaps in another dtype."""
     if target.checkpoint_dir is None:
         return fingerprint({"embedding": target.embedding.weight})
@@ -187,7 +187,7 @@ def save_draft_head(folder: Path, config: DraftHeadConfig, state: Mapping[str, t
 
 
 def _fill(
-    model: TargetModel | TargetEnds | DraftFuser,
+    model: TargetEnds | DraftFuser,
     folder: Path,
     dtype: torch.dtype | None,
     config_dtype: str | None,

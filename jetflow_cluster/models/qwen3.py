@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from jetflow_cluster.layers.attention import PagedAttention
-from jetflow_cluster.layers.embedding import ParallelLmHead, VocabParallelEmbedding
 from jetflow_cluster.layers.inference_module import InferenceModule
 from jetflow_cluster.layers.linear import GateUpLinear, Piece, RowParallelLinear, prefixed
 from jetflow_cluster.layers.norm import RmsNorm
 from jetflow_cluster.layers.rotary import Rotary
 from jetflow_cluster.models.batch import ForwardBatch, layer_pages
 from jetflow_cluster.models.config import TargetConfig, TransformerConfig
+from jetflow_cluster.models.target_ends import TargetEnds
 from jetflow_cluster.parallel.tp_group import TpGroup
 
 
@@ -74,42 +73,20 @@ class Qwen3Layer(InferenceModule):
         yield from prefixed("mlp", self.mlp.pieces())
 
 
-class Qwen3Model(InferenceModule):
+class Qwen3Model(TargetEnds):
     """One rank's part of a dense Qwen3 target. For inference only; parameters hold no gradients."""
 
     def __init__(self, config: TargetConfig, tp: TpGroup, device: torch.device):
-        super().__init__()
-        self.config = config
-        #: Where the weights come from; set by the loader.
-        self.checkpoint_dir: Path | None = None
-        self.embedding = VocabParallelEmbedding("model.embed_tokens", config.vocab_size, config.hidden_size, tp)
+        super().__init__(config, tp)
         self._stack = [Qwen3Layer(config, tp) for _ in range(config.num_layers)]
         self.layers = nn.ModuleList(self._stack)
         self.norm = RmsNorm("model.norm", config.hidden_size, config.rms_norm_eps)
-        self.lm_head = ParallelLmHead(
-            self.embedding, config.tie_word_embeddings, config.vocab_size, config.hidden_size, tp
-        )
         self._rotary = Rotary(config.rope, config.head_dim, device)
 
     @property
     def num_local_kv_heads(self) -> int:
         """KV heads of this rank."""
         return self._stack[0].attention.num_kv_heads
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of weights, activations and KV."""
-        return self.embedding.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.embedding.weight.device
-
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """int64 ids ``[N]`` to ``[N, hidden_size]``."""
-        rows: torch.Tensor = self.embedding(token_ids)
-        return rows
 
     def forward(
         self, batch: ForwardBatch, kv: torch.Tensor, tap_layer_ids: tuple[int, ...] = ()
@@ -133,15 +110,9 @@ class Qwen3Model(InferenceModule):
                 taps[i] = x
         return self.norm(x), torch.cat([taps[i] for i in tap_layer_ids], -1) if tap_layer_ids else None
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[M, hidden_size]`` to ``[M, vocab_size]``, whole on every rank."""
-        logits: torch.Tensor = self.lm_head(hidden)
-        return logits
-
     def pieces(self) -> Iterator[Piece]:
         """What to read from a checkpoint."""
-        yield from self.embedding.pieces()
+        yield from super().pieces()
         yield from self.norm.pieces()
-        yield from self.lm_head.pieces()
         for i, layer in enumerate(self._stack):
             yield from prefixed(f"model.layers.{i}", layer.pieces())

@@ -1,4 +1,4 @@
-"""Embedding and output layer of a target, without the layers between: what a draft head elsewhere needs of it."""
+"""Embedding and output layer, which all targets have, and all that a draft head elsewhere needs of one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from jetflow_cluster.parallel.tp_group import TpGroup
 
 
 class TargetEnds(InferenceModule):
-    """A draft worker's own copy."""
+    """One rank's part of both. By itself it is what a draft worker holds."""
 
     def __init__(self, config: TargetConfig, tp: TpGroup):
         super().__init__()
         self.config = config
+        #: Where the weights come from; set by the loader.
         self.checkpoint_dir: Path | None = None
         self.embedding = VocabParallelEmbedding("model.embed_tokens", config.vocab_size, config.hidden_size, tp)
         self.lm_head = ParallelLmHead(
@@ -28,7 +29,7 @@ class TargetEnds(InferenceModule):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of weights and logits."""
+        """Dtype of weights, activations and KV."""
         return self.embedding.weight.dtype
 
     @property
@@ -42,7 +43,7 @@ class TargetEnds(InferenceModule):
         return rows
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[M, hidden_size]`` to ``[M, vocab_size]``."""
+        """``[M, hidden_size]`` to ``[M, vocab_size]``, whole on every rank."""
         logits: torch.Tensor = self.lm_head(hidden)
         return logits
 

@@ -35,7 +35,7 @@ class PretrainConfig:
     max_tokens: int = 40_000_000
     #: Minutes of the whole run, interrupted parts included.
     max_minutes: float = 60.0
-    #: Minutes of `discourage_loops` behind it; 0 leaves it out.
+    #: Minutes of `discourage_loops` behind it.
     loop_minutes: float = 4.5
     #: Weight of the model behind that in the average with the model before it (arXiv 2109.01903): the average loops
     #: less than the one and knows more than the other.
@@ -62,6 +62,14 @@ class PretrainConfig:
     least_distinct_4grams: float = 0.6
     #: Seed of weights and data order.
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_minutes", "loop_minutes"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be above 0")
+        for name in ("loop_share", "least_distinct_4grams"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be in [0, 1]")
 
 
 def distinct_4grams(ids: Sequence[int] | np.ndarray) -> float:
@@ -162,7 +170,8 @@ def bits_per_byte(model: Any, corpus_dir: Path, split: str, source: str, max_tok
 def pretrain(config: PretrainConfig, *, device: str = "cpu", state_every_s: float = 240.0) -> Path:
     """Trains, or goes on where an interrupted run stopped; returns the checkpoint's folder.
 
-    Writes ``state.pt`` while running, ``loss.csv``, and a Hugging Face checkpoint in ``target/`` (fp32).
+    Writes ``state.pt`` while running, ``loss.csv``, ``report.json``, and a Hugging Face checkpoint in ``target/``
+    (bf16).
     """
     config.output_dir.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -206,22 +215,25 @@ def pretrain(config: PretrainConfig, *, device: str = "cpu", state_every_s: floa
                 saved_at = now
                 _save_state(state_path, model, optimizer, step, progress)
     _save_state(state_path, model, optimizer, step, progress)
-    minutes = round(progress.seconds() / 60, 1)
+    report = {"tokens": progress.tokens, "minutes": round(progress.seconds() / 60, 1)}
+    report |= _average_without_loops(config, model, windows, device)
+    folder = _save_checkpoint(config, model)
+    (config.output_dir / "report.json").write_text(json.dumps(report, indent=1))
+    return folder
+
+
+def _average_without_loops(config: PretrainConfig, model: Any, windows: _Windows, device: str) -> dict[str, Any]:
+    """Trains against loops and averages with the weights before it, in place; returns what to report."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     repeated = discourage_loops(model, windows.batch, max_minutes=config.loop_minutes, device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.lerp_(before[name], 1 - config.loop_share)
-    report = {
-        "tokens": progress.tokens,
-        "minutes": minutes,
+    return {
         "loop_minutes": config.loop_minutes,
         "loop_share": config.loop_share,
         "share_of_repeated_tokens": [round(share, 4) for share in repeated],
     }
-    folder = _save_checkpoint(config, model)
-    (config.output_dir / "report.json").write_text(json.dumps(report, indent=1))
-    return folder
 
 
 def _save_state(path: Path, model: Any, optimizer: Optimizer, step: int, progress: Progress) -> None:

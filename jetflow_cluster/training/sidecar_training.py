@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +15,10 @@ from rich.console import Console
 from torch import nn
 
 from jetflow_cluster.models.sidecar import SideCar, SideCarConfig, fingerprint, save_sidecar
-from jetflow_cluster.training.distill import DistillConfig, held_out_rollouts, prepare
+from jetflow_cluster.training.distill import DistillConfig, prepare
 from jetflow_cluster.training.head_model import TrainableHead, load_head
 from jetflow_cluster.training.optim import lr_factor
 from jetflow_cluster.training.regenerate import load_causal_lm
-from jetflow_cluster.training.simulate import Rollouts, head_logits, tables_along, walk
-from jetflow_cluster.tree.build import build_trees
 
 #: Divisors among which `calibrate_scales` chooses.
 SCALES = tuple(round(0.5 + 0.05 * i, 2) for i in range(31))
@@ -252,27 +249,3 @@ def _kl(guesses: Guesses, rows: torch.Tensor, parent: torch.Tensor, child: torch
     ours = corrected(F.embedding(guesses.parents[rows], parent), F.embedding(candidates, child), guesses.head[rows])
     theirs = guesses.target[rows]
     return (theirs.exp() * (theirs - ours)).sum(-1).mean()
-
-
-def sidecar_acceptance(head_dir: Path, config: DistillConfig, rollouts: Rollouts | None = None) -> dict[str, float]:
-    """Tokens per step at 16 and 32 nodes with and without the side-car beside a head, on validation prompts."""
-    from jetflow_cluster.training.evaluate import read_sidecar
-
-    head = load_head(head_dir)
-    texts = rollouts or held_out_rollouts(config, prepare(config)[0])
-    found: dict[str, Any] = {}
-    for name, sidecar in (("plain", None), ("side-car", read_sidecar(head_dir))):
-        tables = [
-            tables_along(head_logits(head, texts, p), texts, p, width=16, sidecar=sidecar and sidecar.correction)
-            for p in range(texts.num_prompts)
-        ]
-        depth = head.config.block_size - 1
-        result = walk(
-            texts,
-            lambda p, at, n, tables=tables, depth=depth: build_trees(  # type: ignore[misc]
-                [tables[p][at]], [0], max_nodes=[n], max_depths=[depth]
-            )[0],
-            (16, 32),
-        )
-        found |= {f"{name}, {n} nodes": a for n, a in zip((16, 32), result.mean(), strict=True)}
-    return found
