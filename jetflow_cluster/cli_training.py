@@ -61,6 +61,9 @@ def distill(
     bidirectional: Annotated[bool, _option(_HEAD, "Let slots of a block see later ones.", "--bidirectional")] = False,
     rank: Annotated[int | None, _option(_HEAD, "Rank of the side-car.", low=1)] = None,
     warm_start: Annotated[bool | None, _option(_RUN, "Start from the target's layers, or at random.")] = None,
+    init_head: Annotated[
+        Path | None, _option(_RUN, "A trained head of the same shape to go on from; only its weights are taken.")
+    ] = None,
     optimizer: Annotated[HeadOptimizer | None, _option(_RUN, "For matrices; AdamW trains the rest.")] = None,
     gamma: Annotated[
         float | None, _option(_RUN, "Depth k weighs exp(-k / gamma); 0 weighs all depths alike.", low=0)
@@ -90,6 +93,7 @@ def distill(
         "mask_token_id": mask_token_id,
         "causal": False if bidirectional else None,
         "warm_start": warm_start,
+        "init_head": init_head,
         "optimizer": optimizer.value if optimizer is not None else None,
         "accept_until_fail": accept_until_fail,
         "max_minutes": None if sidecar else minutes,

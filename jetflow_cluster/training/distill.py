@@ -15,7 +15,7 @@ from rich.console import Console
 from jetflow_cluster.models.config import TargetConfig
 from jetflow_cluster.models.draft_head import default_taps
 from jetflow_cluster.training.features import Features
-from jetflow_cluster.training.head_model import Angles, TrainableHead, head_config_for, save_head, warm_start
+from jetflow_cluster.training.head_model import Angles, TrainableHead, head_config_for, load_head, save_head, warm_start
 from jetflow_cluster.training.objective import accept_until_fail, depth_weights, soft_cross_entropy
 from jetflow_cluster.training.optim import Optimizer, Progress, lr_factor
 from jetflow_cluster.training.regenerate import (
@@ -69,6 +69,8 @@ class DistillConfig:
     causal: bool = True
     #: Start from the target's layers instead of random ones.
     warm_start: bool = True
+    #: A head of the same shape to go on from, instead; only its weights are taken over.
+    init_head: Path | None = None
     #: ``muon`` (matrices; AdamW for the rest) or ``adamw``.
     optimizer: str = "adamw"
     #: Peak rates of matrices and of the rest; AdamW takes the second for all. None is what suits the optimizer.
@@ -307,7 +309,9 @@ class _Run:
                 causal=config.causal,
             )
         )
-        if config.warm_start:
+        if config.init_head is not None:
+            self.head.load_state_dict(load_head(config.init_head, wanted=self.head.config).state_dict())
+        elif config.warm_start:
             warm_start(self.head, target.state_dict(), seed=config.seed)
         self.head.to(device)
         self._frozen = _Frozen(

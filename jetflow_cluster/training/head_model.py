@@ -6,6 +6,7 @@ Parameter names and shapes are the published ones, so a state dict goes to `mode
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -226,9 +227,17 @@ def save_head(folder: Path, head: TrainableHead, dtype: torch.dtype = torch.bflo
     save_draft_head(folder, head.config, {n: t.detach().to("cpu", dtype) for n, t in head.state_dict().items()})
 
 
-def load_head(folder: Path) -> TrainableHead:
-    """Reads the published format, as fp32. Raises what `DraftHeadConfig.from_dir` does."""
+def load_head(folder: Path, *, wanted: DraftHeadConfig | None = None) -> TrainableHead:
+    """Reads the published format, as fp32.
+
+    Raises:
+        ValueError: what `DraftHeadConfig.from_dir` raises, or a field is not as in `wanted`; names it.
+    """
     head = TrainableHead(DraftHeadConfig.from_dir(folder))
+    for field in fields(wanted) if wanted is not None else ():
+        theirs, ours = getattr(head.config, field.name), getattr(wanted, field.name)
+        if theirs != ours:
+            raise ValueError(f"{folder}: its {field.name} = {theirs}, this run's is {ours}")
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

@@ -102,3 +102,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(config: DistillConfig, monk
     once = distill(replace(config, output_dir=config.output_dir.parent / "once", data_dir=config.sequences_dir))
     resumed, whole = ((h / "model.safetensors").read_bytes() for h in (head, once))
     assert resumed == whole
+
+
+def test_a_run_goes_on_from_a_head_of_the_same_shape_only(config: DistillConfig, tmp_path: Path) -> None:
+    head = distill(config)
+    # A rate of zero leaves what was loaded as it is.
+    again = replace(config, output_dir=tmp_path / "again", data_dir=config.sequences_dir, init_head=head)
+    unchanged = distill(replace(again, learning_rates=(0.0, 0.0)))
+    assert (unchanged / "model.safetensors").read_bytes() == (head / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"draft_head: its block_size = 8, this run's is 4"):
+        distill(replace(again, block_size=4, output_dir=tmp_path / "other"))
