@@ -15,14 +15,21 @@ from rich.console import Console
 from jetflow_cluster.models.config import TargetConfig
 from jetflow_cluster.models.draft_head import default_taps
 from jetflow_cluster.training.features import Features
-from jetflow_cluster.training.head_model import Angles, TrainableHead, head_config_for, load_head, save_head, warm_start
+from jetflow_cluster.training.head_model import (
+    Angles,
+    TrainableHead,
+    head_config_for,
+    load_head,
+    mask_token_of,
+    save_head,
+    warm_start,
+)
 from jetflow_cluster.training.objective import accept_until_fail, depth_weights, soft_cross_entropy
 from jetflow_cluster.training.optim import Optimizer, Progress, lr_factor
 from jetflow_cluster.training.regenerate import (
     RegenerateConfig,
     Sequences,
     load_causal_lm,
-    load_tokenizer,
     read_streams,
     regenerate,
     windows,
@@ -69,7 +76,7 @@ class DistillConfig:
     causal: bool = True
     #: Start from the target's layers instead of random ones.
     warm_start: bool = True
-    #: A head of the same shape to go on from, instead; only its weights are taken over.
+    #: A head of the same shape to go on from, instead.
     init_head: Path | None = None
     #: ``muon`` (matrices; AdamW for the rest) or ``adamw``.
     optimizer: str = "adamw"
@@ -260,17 +267,6 @@ def block_loss(
     return config.temperature**2 * (losses * weights).sum() / weights.sum(), shown
 
 
-def mask_token_of(target: Path, given: int | None) -> int:
-    """The token that fills the slots to be guessed."""
-    if given is not None:
-        return given
-    tokenizer = load_tokenizer(target)
-    for name in ("<|mask|>", "<|MASK|>", "[MASK]", "<mask>"):
-        if (found := tokenizer.token_to_id(name)) is not None:
-            return int(found)
-    return TargetConfig.from_dir(target).vocab_size - 1
-
-
 def distill(config: DistillConfig, *, device: str = "cpu", state_every_s: float = 180.0) -> Path:
     """Trains, or goes on where an interrupted run stopped; returns the head's folder.
 
@@ -341,7 +337,7 @@ class _Run:
         self._console.print(f"resumed at step {self._step}")
 
     def _save(self, progress: Progress) -> None:
-        state: dict[str, Any] = {"head": self.head.state_dict(), "optimizer": self._optimizer.state_dict()}
+        state = {"head": self.head.state_dict(), "optimizer": self._optimizer.state_dict()}
         state |= {"step": self._step, "blocks": progress.tokens, "spent_s": progress.seconds()}
         scratch = self._state_path.with_suffix(".new")
         torch.save(state, scratch)

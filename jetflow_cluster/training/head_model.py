@@ -18,8 +18,20 @@ from jetflow_cluster.layers.rotary import inverse_frequencies
 from jetflow_cluster.models.config import TargetConfig
 from jetflow_cluster.models.draft_head import DraftHeadConfig
 from jetflow_cluster.models.loader import save_draft_head
+from jetflow_cluster.training.regenerate import load_tokenizer
 
 Angles = tuple[torch.Tensor, torch.Tensor]
+
+
+def mask_token_of(target: Path, given: int | None) -> int:
+    """The token that fills the slots to be guessed."""
+    if given is not None:
+        return given
+    tokenizer = load_tokenizer(target)
+    for name in ("<|mask|>", "<|MASK|>", "[MASK]", "<mask>"):
+        if (found := tokenizer.token_to_id(name)) is not None:
+            return int(found)
+    return TargetConfig.from_dir(target).vocab_size - 1
 
 
 def head_config_for(

@@ -50,8 +50,14 @@ class RegenerateConfig:
 
 
 def read_streams(source: Path, target: Path, split: str = "train") -> list[tuple[Stream, float]] | None:
-    """Token streams and their shares, or None when `source` is a list of prompts."""
+    """Token streams and their shares, or None when `source` is a list of prompts.
+
+    Raises:
+        ValueError: a corpus folder was encoded with another tokenizer than the target's.
+    """
     if source.is_dir():
+        if load_tokenizer(source).to_str() != load_tokenizer(target).to_str():
+            raise ValueError(f"{source}: encoded with another tokenizer than that of {target}")
         return [
             (np.fromfile(source / f"{split}.{part}.bin", dtype=np.uint16).astype(np.int32), share)
             for part, share in CORPUS_SHARES.items()

@@ -4,12 +4,14 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
 from jetflow_cluster.training.distill import DistillConfig, distill
 from jetflow_cluster.training.evaluate import EvaluateConfig, evaluate
+from jetflow_cluster.training.regenerate import CORPUS_SHARES, load_tokenizer, read_streams
 from jetflow_cluster.training.sidecar_training import SCALES, SideCarTrainingConfig, train_sidecar
 from support.small_models import write_target
 
@@ -112,3 +114,19 @@ def test_a_run_goes_on_from_a_head_of_the_same_shape_only(config: DistillConfig,
     assert (unchanged / "model.safetensors").read_bytes() == (head / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match=r"draft_head: its block_size = 8, this run's is 4"):
         distill(replace(again, block_size=4, output_dir=tmp_path / "other"))
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(config: DistillConfig, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    tokenizer = load_tokenizer(config.target)
+    tokenizer.save(str(corpus / "tokenizer.json"))
+    for part in CORPUS_SHARES:
+        np.arange(8, dtype=np.uint16).tofile(corpus / f"train.{part}.bin")
+    streams = read_streams(corpus, config.target)
+    assert streams is not None
+    assert len(streams) == len(CORPUS_SHARES)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save(str(corpus / "tokenizer.json"))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        read_streams(corpus, config.target)
