@@ -337,7 +337,7 @@ class _Run:
         self._console.print(f"resumed at step {self._step}")
 
     def _save(self, progress: Progress) -> None:
-        state = {"head": self.head.state_dict(), "optimizer": self._optimizer.state_dict()}
+        state: dict[str, Any] = {"head": self.head.state_dict(), "optimizer": self._optimizer.state_dict()}
         state |= {"step": self._step, "blocks": progress.tokens, "spent_s": progress.seconds()}
         scratch = self._state_path.with_suffix(".new")
         torch.save(state, scratch)
