@@ -17,7 +17,7 @@ GPU   := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format protos lossless bench train clean
+.PHONY: help install demo serve test lint format protos lossless bench train clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ endif
 
 demo: $(STAMP) ## Complete held-out code with and without speculation; pictures in out/demo
 	$(RUN)/jetflow demo --output $(OUT)/demo
+
+serve: $(STAMP) ## Serve the embedded model over gRPC on port 9000 until Ctrl-C
+	$(RUN)/jetflow serve
 
 test: lint ## Lint, then the tests, with a part of the lossless proof
 	$(RUN)/python -m pytest -q

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jetflow_cluster import __version__, cli_remote, cli_training
+from jetflow_cluster import __version__, cli_remote, cli_serving, cli_training
 from jetflow_cluster import cli_options as opt
 from jetflow_cluster.console import Commands, apply_environment, stderr, stdout
 from jetflow_cluster.env import read_environment
@@ -304,3 +304,4 @@ def doctor(as_json: opt.AsJson = False) -> None:
 
 app.command(epilog=cli_training.DISTILL_EXAMPLES)(cli_training.distill)
 app.command(epilog=cli_training.EVALUATE_EXAMPLES)(cli_training.evaluate_head)
+app.command(epilog=cli_serving.SERVE_EXAMPLES)(cli_serving.serve)

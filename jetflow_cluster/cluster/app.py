@@ -131,6 +131,7 @@ def build_app(args: Mapping[str, Any] | ClusterConfig | None = None) -> Applicat
         "health_check_period_s": 1.0,
         "health_check_timeout_s": 10.0,
         "ray_actor_options": {"num_cpus": 0},
+        "logging_config": {"enable_access_log": False},
     }
     directory = serve.deployment(name="Directory", num_replicas=1, **common)(Directory).bind()
     engine = serve.deployment(

@@ -1,0 +1,73 @@
+"""``jetflow serve``."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jetflow_cluster.console import stderr, stdout
+from jetflow_cluster.types import InvalidRequestError
+
+SERVE_EXAMPLES = (
+    "Examples:\n\n  jetflow serve\n\n"
+    "  jetflow serve tensor_parallel_size=2 draft_placement=dedicated num_draft_workers=1\n\n"
+    "  jetflow serve model=folder/of/target draft_head=folder/of/head --address auto\n\n"
+    'Then:\n\n  jetflow generate "def fibonacci(n):" --server localhost:9000'
+)
+
+
+def serve(
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Fields of the configuration, key=value.", show_default=False)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="A Serve configuration file; its first application is served.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to deploy on, auto for this machine's; without it, start one here.")
+    ] = None,
+) -> None:
+    """Serve a model over gRPC until Ctrl-C."""
+    from jetflow_cluster.cluster import launch
+    from jetflow_cluster.cluster.config import ClusterConfig
+
+    wanted = ClusterConfig.from_mapping((_read_file(config) if config is not None else {}) | _pairs(settings or []))
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    launch.connect(address, wanted)
+    try:
+        with stderr.status("placing, loading and warming up"):
+            served = launch.deploy(wanted)
+        replica = launch.describe()
+        phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in replica["phases"].items())
+        pids = ", ".join(f"{name} {pid}" for name, pid in replica["pids"].items())
+        stderr.print(f"start: {phases}\nprocesses: {pids}", highlight=False)
+        stdout.print(f"serving at {served}", highlight=False)
+        stopped.wait()
+    finally:
+        stderr.print("draining")
+        launch.shut_down()
+
+
+def _pairs(settings: list[str]) -> dict[str, Any]:
+    found = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InvalidRequestError("settings", setting, "must be key=value")
+        found[key] = value
+    return found
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    import yaml
+
+    applications = yaml.safe_load(path.read_text(encoding="utf-8")).get("applications")
+    if not applications:
+        raise ValueError(f"{path}: applications is missing or empty")
+    return dict(applications[0].get("args") or {})

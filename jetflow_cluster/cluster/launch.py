@@ -1,0 +1,70 @@
+"""Deploys the application from one process: what ``jetflow serve`` does."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray import serve
+
+from jetflow_cluster.cluster.app import build_app
+from jetflow_cluster.cluster.config import ClusterConfig
+from jetflow_cluster.cluster.placement import replica_shape
+from jetflow_cluster.rpc.client import JetFlowClient
+
+APP_NAME = "jetflow"
+_READY_TIMEOUT_S = 1800.0
+_LOOK_S = 0.1
+
+
+def connect(address: str | None, config: ClusterConfig) -> None:
+    """Joins the Ray cluster at `address`, or starts one on this machine.
+
+    A cluster that is started here counts at least as many CPUs as the replicas' actors ask for, so that a small machine
+    can try any shape; actors then share its cores.
+    """
+    if address is not None:
+        ray.init(address=address, configure_logging=False)
+        return
+    bundles = replica_shape(config, cluster_has_gpus=False).bundles
+    wanted = config.num_replicas * sum(bundle["CPU"] for bundle in bundles)
+    ray.init(num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999)), include_dashboard=False, configure_logging=False)
+
+
+def deploy(config: ClusterConfig, *, wait: Callable[[], None] = lambda: time.sleep(_LOOK_S)) -> str:
+    """Deploys and waits until a router is serving; returns its address ``host:port``.
+
+    Args:
+        config: what to serve.
+        wait: called between looks; an exception that it raises ends the waiting.
+
+    Raises:
+        RuntimeError: the deployment failed; with Serve's reason.
+        TimeoutError: it did not become healthy.
+    """
+    # Routers have a port of their own, so Serve's HTTP proxy has nothing to do.
+    serve.start(proxy_location="Disabled")
+    handle = serve.run(build_app(config), name=APP_NAME, route_prefix=None)
+    address = str(handle.address.remote().result())
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    with JetFlowClient(address) as client:
+        while not client.health():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the router at {address} did not become healthy in {_READY_TIMEOUT_S:.0f} s")
+            wait()
+    return address
+
+
+def describe() -> dict[str, Any]:
+    """One of the replicas: id, address, process of each actor, seconds by phase of its start."""
+    found: dict[str, Any] = serve.get_app_handle(APP_NAME).describe_replica.remote().result()
+    return found
+
+
+def shut_down() -> None:
+    """Takes the application down, running requests first finished, and leaves Ray."""
+    serve.delete(APP_NAME)
+    ray.shutdown()
