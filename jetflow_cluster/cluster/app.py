@@ -38,7 +38,7 @@ class EngineReplica:
         if self._task is None:
             self._task = asyncio.create_task(_report(self._directory, "replica", self._id, self._served.address))
         if self._actors.lost is not None:
-            await self._directory.leave.remote("replica", self._id)
+            await _leave(self._directory, "replica", self._id)
             raise RuntimeError(self._actors.lost)
 
     async def describe(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class EngineReplica:
     async def __del__(self) -> None:
         if self._task is not None:
             self._task.cancel()
-        await self._directory.leave.remote("replica", self._id)
+        await _leave(self._directory, "replica", self._id)
         await asyncio.to_thread(self._actors.drain)
         self._actors.close()
 
@@ -108,7 +108,7 @@ class Router:
                 self._server.set_peers(members.routers)
 
     async def __del__(self) -> None:
-        await self._directory.leave.remote("router", self._id)
+        await _leave(self._directory, "router", self._id)
         for task in self._tasks:
             task.cancel()
         if self._server is not None:
@@ -153,6 +153,15 @@ def build_app(args: Mapping[str, Any] | ClusterConfig | None = None) -> Applicat
 def _own_id() -> str:
     context = serve.get_replica_context()
     return str(context.replica_id.unique_id)
+
+
+async def _leave(directory: DeploymentHandle, kind: str, name: str) -> None:
+    """The directory may be gone before those whom it lists, and then nothing answers."""
+    try:
+        async with asyncio.timeout(REPORT_S):
+            await directory.leave.remote(kind, name)
+    except Exception as error:
+        _log.info("the directory does not answer: %s", type(error).__name__)
 
 
 async def _report(directory: DeploymentHandle, kind: str, name: str, address: str) -> None:
