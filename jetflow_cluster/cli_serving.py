@@ -36,9 +36,6 @@ def serve(
     from jetflow_cluster.cluster.config import ClusterConfig
 
     wanted = ClusterConfig.from_mapping((_read_file(config) if config is not None else {}) | _pairs(settings or []))
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
     launch.connect(address, wanted)
     try:
         with stderr.status("placing, loading and warming up"):
@@ -47,6 +44,10 @@ def serve(
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in replica["phases"].items())
         pids = ", ".join(f"{name} {pid}" for name, pid in replica["pids"].items())
         stderr.print(f"start: {phases}\nprocesses: {pids}", highlight=False)
+        # Only now: until it serves, Ctrl-C ends the start.
+        stopped = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopped.set())
         stdout.print(f"serving at {served}", highlight=False)
         stopped.wait()
     finally:
@@ -67,7 +68,8 @@ def _pairs(settings: list[str]) -> dict[str, Any]:
 def _read_file(path: Path) -> dict[str, Any]:
     import yaml
 
-    applications = yaml.safe_load(path.read_text(encoding="utf-8")).get("applications")
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    applications = found.get("applications") if isinstance(found, dict) else None
     if not applications:
         raise ValueError(f"{path}: applications is missing or empty")
     return dict(applications[0].get("args") or {})

@@ -61,16 +61,12 @@ def distill(
     bidirectional: Annotated[bool, _option(_HEAD, "Let slots of a block see later ones.", "--bidirectional")] = False,
     rank: Annotated[int | None, _option(_HEAD, "Rank of the side-car.", low=1)] = None,
     warm_start: Annotated[bool | None, _option(_RUN, "Start from the target's layers, or at random.")] = None,
-    init_head: Annotated[
-        Path | None, _option(_RUN, "A trained head of the same shape to go on from; only its weights are taken.")
-    ] = None,
+    init_head: Annotated[Path | None, _option(_RUN, "Go on from this head, of the same shape, instead.")] = None,
     optimizer: Annotated[HeadOptimizer | None, _option(_RUN, "For matrices; AdamW trains the rest.")] = None,
     gamma: Annotated[
         float | None, _option(_RUN, "Depth k weighs exp(-k / gamma); 0 weighs all depths alike.", low=0)
     ] = None,
-    accept_until_fail: Annotated[
-        bool | None, _option(_RUN, "Count depths up to the first wrong guess only, or all.")
-    ] = None,
+    accept_until_fail: Annotated[bool | None, _option(_RUN, "Count depths up to the first wrong guess.")] = None,
     minutes: Annotated[float | None, _option(_RUN, "Most minutes of training.", low=0)] = None,
     device: opt.Device = "auto",
     seed: Annotated[int, _option(_RUN, "Seed of data and weights.", low=0)] = 0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -34,12 +33,8 @@ def connect(address: str | None, config: ClusterConfig) -> None:
     ray.init(num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999)), include_dashboard=False, configure_logging=False)
 
 
-def deploy(config: ClusterConfig, *, wait: Callable[[], None] = lambda: time.sleep(_LOOK_S)) -> str:
+def deploy(config: ClusterConfig) -> str:
     """Deploys and waits until a router is serving; returns its address ``host:port``.
-
-    Args:
-        config: what to serve.
-        wait: called between looks; an exception that it raises ends the waiting.
 
     Raises:
         RuntimeError: the deployment failed; with Serve's reason.
@@ -54,7 +49,7 @@ def deploy(config: ClusterConfig, *, wait: Callable[[], None] = lambda: time.sle
         while not client.health():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the router at {address} did not become healthy in {_READY_TIMEOUT_S:.0f} s")
-            wait()
+            time.sleep(_LOOK_S)
     return address
 
 

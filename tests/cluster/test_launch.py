@@ -47,6 +47,15 @@ def test_serve_refuses_what_it_does_not_know(settings: list[str], text: str) -> 
     assert text in result.output
 
 
+@pytest.mark.parametrize("text", ["", "- a list", "applications: []"])
+def test_a_file_without_an_application_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    result = CliRunner().invoke(app, ["serve", "--config", str(path)])
+    assert result.exit_code != 0
+    assert "applications is missing or empty" in result.output
+
+
 @pytest.mark.slow
 def test_serve_answers_and_leaves_nothing_behind(tmp_path: Path) -> None:
     target, head = tmp_path / "target", tmp_path / "head"
