@@ -40,10 +40,10 @@ def serve(
     try:
         with stderr.status("placing, loading and warming up"):
             served = launch.deploy(wanted)
-        replica = launch.describe()
-        phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in replica["phases"].items())
-        pids = ", ".join(f"{name} {pid}" for name, pid in replica["pids"].items())
-        stderr.print(f"start: {phases}\nprocesses: {pids}", highlight=False)
+        for name, replica in launch.overview()["replicas"].items():
+            phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in replica["phases"].items())
+            pids = ", ".join(f"{process} {pid}" for process, pid in replica["pids"].items())
+            stderr.print(f"replica {name}: {pids}\n  start: {phases}", highlight=False)
         # Only now: until it serves, Ctrl-C ends the start.
         stopped = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ray.util import get_node_ip_address
 from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.directory import REPORT_S, Directory, Members
 from jetflow_cluster.cluster.replica_actors import ReplicaActors
+from jetflow_cluster.cluster.shard import die
 from jetflow_cluster.engine.loading import checkpoints
 from jetflow_cluster.router.config import RouterConfig
 from jetflow_cluster.router.server import RouterServer
@@ -24,27 +26,32 @@ _log = logging.getLogger(__name__)
 
 
 class EngineReplica:
-    """One complete engine: it owns the actors, reports where they serve, and is off the path of requests."""
+    """One complete engine: it owns the actors, reports where they serve, and is off the path of requests.
+
+    When a shard is gone it ends itself with all that is left, and Serve replaces it.
+    """
 
     def __init__(self, config: ClusterConfig, directory: DeploymentHandle):
         self._directory = directory
         self._id = _own_id()
-        self._actors = ReplicaActors(config, self._id)
+        self._actors = ReplicaActors(config, self._id, on_lost=self._end)
         self._served = self._actors.start()
         self._task: asyncio.Task[None] | None = None
 
     async def check_health(self) -> None:
-        """Raises when a shard is gone; Serve then replaces the replica."""
+        """Begins to report at the first call, on Serve's event loop."""
         if self._task is None:
-            self._task = asyncio.create_task(_report(self._directory, "replica", self._id, self._served.address))
-        if self._actors.lost is not None:
-            await _leave(self._directory, "replica", self._id)
-            raise RuntimeError(self._actors.lost)
+            self._task = asyncio.create_task(
+                _report(self._directory, "replica", self._id, self._served.address, self._about)
+            )
 
-    async def describe(self) -> dict[str, Any]:
-        """Where it serves, the processes of its actors, and how long each phase of its start took."""
-        pids = await asyncio.to_thread(self._actors.process_ids)
-        return {"replica_id": self._id, "address": self._served.address, "pids": pids, "phases": self._served.phases}
+    def _about(self) -> dict[str, Any]:
+        pids = {"engine replica": os.getpid()} | self._actors.process_ids
+        return {"pids": pids, "phases": self._served.phases}
+
+    def _end(self, reason: str) -> None:
+        self._actors.close()
+        die(f"{self._id}: {reason}")
 
     async def __del__(self) -> None:
         if self._task is not None:
@@ -58,8 +65,7 @@ class Router:
     """A router with its own gRPC server, on the node's address and the configured port."""
 
     def __init__(self, config: ClusterConfig, directory: DeploymentHandle, engine: DeploymentHandle):
-        # Serve deploys what the ingress refers to.
-        self._directory, self._engine = directory, engine
+        self._directory = directory
         self._id = _own_id()
         target, _ = checkpoints(config.engine_config())
         tokenizer = str(target) if (Path(target) / "tokenizer.json").exists() else None
@@ -77,7 +83,7 @@ class Router:
         port = await self._server.start()
         address = f"{get_node_ip_address()}:{port}"
         self._tasks = [
-            asyncio.create_task(_report(self._directory, "router", self._id, address)),
+            asyncio.create_task(_report(self._directory, "router", self._id, address, self._about)),
             asyncio.create_task(self._follow()),
         ]
 
@@ -87,10 +93,14 @@ class Router:
         assert self._server is not None
         return f"{get_node_ip_address()}:{self._server.port}"
 
-    async def describe_replica(self) -> dict[str, Any]:
-        """What one of the engine replicas says of itself."""
-        found: dict[str, Any] = await self._engine.describe.remote()
+    async def overview(self) -> dict[str, Any]:
+        """All replicas and routers: addresses, processes, seconds by phase of their start. See `Directory.overview`."""
+        found: dict[str, Any] = await self._directory.overview.remote()
         return found
+
+    @staticmethod
+    def _about() -> dict[str, Any]:
+        return {"pids": {"router": os.getpid()}}
 
     async def _follow(self) -> None:
         known = 0
@@ -128,26 +138,29 @@ def build_app(args: Mapping[str, Any] | ClusterConfig | None = None) -> Applicat
     config = args if isinstance(args, ClusterConfig) else ClusterConfig.from_mapping(args or {})
     common = {
         "max_ongoing_requests": 10_000,
+        # Three checks in a row must fail. A process that died is noticed at the first.
         "health_check_period_s": 1.0,
-        "health_check_timeout_s": 10.0,
         "ray_actor_options": {"num_cpus": 0},
         "logging_config": {"enable_access_log": False},
     }
-    directory = serve.deployment(name="Directory", num_replicas=1, **common)(Directory).bind()
+    directory = serve.deployment(name="Directory", num_replicas=1, health_check_timeout_s=10.0, **common)(Directory)
+    directory_app = directory.bind()
     engine = serve.deployment(
         name="EngineReplica",
         num_replicas=config.num_replicas,
+        health_check_timeout_s=config.health_timeout_s,
         graceful_shutdown_timeout_s=config.drain_timeout_s + 5.0,
         **common,
-    )(EngineReplica).bind(config, directory)
+    )(EngineReplica).bind(config, directory_app)
     router = serve.deployment(
         name="Router",
         num_replicas=config.num_routers,
+        health_check_timeout_s=config.health_timeout_s,
         max_replicas_per_node=1,
         graceful_shutdown_timeout_s=config.drain_timeout_s + 5.0,
         **common,
     )(Router)
-    return router.bind(config, directory, engine)
+    return router.bind(config, directory_app, engine)
 
 
 def _own_id() -> str:
@@ -164,10 +177,12 @@ async def _leave(directory: DeploymentHandle, kind: str, name: str) -> None:
         _log.info("the directory does not answer: %s", type(error).__name__)
 
 
-async def _report(directory: DeploymentHandle, kind: str, name: str, address: str) -> None:
+async def _report(
+    directory: DeploymentHandle, kind: str, name: str, address: str, about: Callable[[], dict[str, Any]]
+) -> None:
     while True:
         try:
-            await directory.report.remote(kind, name, address)
+            await directory.report.remote(kind, name, address, about())
         except Exception as error:
             _log.warning("the directory does not answer: %s", type(error).__name__)
         await asyncio.sleep(REPORT_S)

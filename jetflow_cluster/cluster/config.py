@@ -57,6 +57,10 @@ class ClusterConfig:
     max_model_len: int | None = None
     #: Reuse KV pages of equal prompt prefixes.
     enable_prefix_cache: bool = True
+    #: Seconds without a sign of life after which a process of a replica counts as dead, a stopped one too.
+    silence_s: float = 1.5
+    #: Seconds for a Serve replica to answer a health check; one that fails three in a row is replaced.
+    health_timeout_s: float = 1.5
     #: Seconds after which a step that does not end is taken for dead, and its process ends itself.
     step_timeout_s: float = 30.0
     #: Seconds for which a target waits for a dedicated draft worker's guess.
@@ -73,7 +77,14 @@ class ClusterConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 <= self.grpc_port < 65536:
             raise ValueError(f"grpc_port = {self.grpc_port}: must be in [0, 65535]; 0 takes a free one")
-        for name in ("step_timeout_s", "draft_timeout_s", "drain_timeout_s", "num_cpus_per_actor"):
+        for name in (
+            "silence_s",
+            "health_timeout_s",
+            "step_timeout_s",
+            "draft_timeout_s",
+            "drain_timeout_s",
+            "num_cpus_per_actor",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be above 0")
         if self.num_gpus_per_actor is not None and self.num_gpus_per_actor < 0:

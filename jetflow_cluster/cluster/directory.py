@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 #: Seconds between reports, and after which one who reports no more is forgotten.
-REPORT_S = 1.0
-FORGET_S = 5.0
+REPORT_S = 0.5
+FORGET_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,18 +21,28 @@ class Members:
     routers: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What a member said last."""
+
+    address: str
+    #: What it tells of itself: processes by name, and for a replica the seconds by phase of its start.
+    about: dict[str, Any]
+    heard_at: float
+
+
 class Directory:
     """The members of one application. Its loss loses nothing: all report again within `REPORT_S`."""
 
     def __init__(self, forget_s: float = FORGET_S):
         self._forget_s = forget_s
-        self._seen: dict[tuple[str, str], tuple[str, float]] = {}
+        self._seen: dict[tuple[str, str], Entry] = {}
         self._members = Members(version=time.time_ns())
         self._changed = asyncio.Condition()
 
-    async def report(self, kind: str, name: str, address: str) -> None:
+    async def report(self, kind: str, name: str, address: str, about: dict[str, Any] | None = None) -> None:
         """Notes that a ``replica`` or ``router`` is there."""
-        self._seen[kind, name] = (address, time.monotonic())
+        self._seen[kind, name] = Entry(address=address, about=about or {}, heard_at=time.monotonic())
         await self._refresh()
 
     async def leave(self, kind: str, name: str) -> None:
@@ -50,11 +61,19 @@ class Directory:
                 await self._refresh()
         return self._members
 
+    async def overview(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """What the members tell of themselves, by ``replicas`` and ``routers``, and name."""
+        await self._refresh()
+        found: dict[str, dict[str, dict[str, Any]]] = {"replicas": {}, "routers": {}}
+        for (kind, name), entry in self._seen.items():
+            found[f"{kind}s"][name] = {"address": entry.address, **entry.about}
+        return found
+
     async def _refresh(self) -> None:
         oldest = time.monotonic() - self._forget_s
-        self._seen = {key: entry for key, entry in self._seen.items() if entry[1] >= oldest}
-        replicas = {name: address for (kind, name), (address, _) in self._seen.items() if kind == "replica"}
-        routers = {name: address for (kind, name), (address, _) in self._seen.items() if kind == "router"}
+        self._seen = {key: entry for key, entry in self._seen.items() if entry.heard_at >= oldest}
+        replicas = {name: entry.address for (kind, name), entry in self._seen.items() if kind == "replica"}
+        routers = {name: entry.address for (kind, name), entry in self._seen.items() if kind == "router"}
         if replicas == self._members.replicas and routers == self._members.routers:
             return
         self._members = Members(version=self._members.version + 1, replicas=replicas, routers=routers)

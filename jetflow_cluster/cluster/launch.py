@@ -15,6 +15,12 @@ from jetflow_cluster.cluster.placement import replica_shape
 from jetflow_cluster.rpc.client import JetFlowClient
 
 APP_NAME = "jetflow"
+#: What Ray's processes must find in their environment, so that stopped ones are replaced as fast as dead ones. A replica
+#: that fails its health checks gets no time to drain, and a process that does not end is killed behind half a second.
+RAY_ENVIRONMENT = {
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    "RAY_kill_worker_timeout_milliseconds": "500",
+}
 _READY_TIMEOUT_S = 1800.0
 _LOOK_S = 0.1
 
@@ -29,6 +35,7 @@ def connect(address: str | None, config: ClusterConfig) -> None:
         ray.init(address=address, configure_logging=False)
         return
     bundles = replica_shape(config, cluster_has_gpus=False).bundles
+    os.environ.update(RAY_ENVIRONMENT)
     wanted = config.num_replicas * sum(bundle["CPU"] for bundle in bundles)
     ray.init(num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999)), include_dashboard=False, configure_logging=False)
 
@@ -53,9 +60,9 @@ def deploy(config: ClusterConfig) -> str:
     return address
 
 
-def describe() -> dict[str, Any]:
-    """One of the replicas: id, address, process of each actor, seconds by phase of its start."""
-    found: dict[str, Any] = serve.get_app_handle(APP_NAME).describe_replica.remote().result()
+def overview() -> dict[str, Any]:
+    """All replicas and routers that run; see `Directory.overview`."""
+    found: dict[str, Any] = serve.get_app_handle(APP_NAME).overview.remote().result()
     return found
 
 

@@ -6,6 +6,8 @@ import logging
 import secrets
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -21,8 +23,10 @@ _log = logging.getLogger(__name__)
 
 #: Seconds for a placement group that fits the cluster to become free.
 _PLACEMENT_TIMEOUT_S = 300.0
-#: Seconds between looks at the actors, and pause before a lost draft worker is made anew.
-_LOOK_S, _PAUSE_S = 0.1, 0.5
+#: Seconds between looks at the actors, and between signs of life that are asked of each.
+_LOOK_S, _PULSE_S = 0.1, 0.5
+#: Pause before a lost draft worker is made anew, in seconds; doubled with each start that fails.
+_MIN_PAUSE_S, _MAX_PAUSE_S = 0.1, 30.0
 
 
 class ShardActor(TargetShard):
@@ -44,67 +48,87 @@ class DraftActor(DraftWorkerProcess):
         threading.Event().wait()
 
 
+@dataclass(kw_only=True)
+class _Member:
+    """An actor that runs."""
+
+    name: str
+    actor: Any
+    #: Ends with the actor.
+    life: Any
+    pid: int
+    #: The sign of life that was asked for last, and when.
+    pulse: Any = None
+    asked_at: float = 0.0
+
+
 class ReplicaActors:
     """All actors of one replica.
+
+    Args:
+        config: of the cluster.
+        replica_id: name of the replica.
+        on_lost: called, in a thread, with the reason when a shard is gone: the replica cannot go on.
 
     Raises:
         ValueError: the cluster can never hold them; with the numbers.
     """
 
-    def __init__(self, config: ClusterConfig, replica_id: str):
-        self._config, self._replica_id = config, replica_id
+    def __init__(self, config: ClusterConfig, replica_id: str, *, on_lost: Callable[[str], None]):
+        self._config, self._replica_id, self._on_lost = config, replica_id, on_lost
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._shape = replica_shape(config, cluster_has_gpus=any(n.get("GPU", 0) >= 1 for n in nodes))
         check_fits(self._shape.bundles, config.placement_strategy, nodes)
         self._secret = secrets.token_bytes(32)
         self._group: PlacementGroup | None = None
-        self._shards: list[Any] = []
-        self._workers: dict[int, Any] = {}
-        self._lives: dict[Any, tuple[str, int]] = {}
+        self._shards: list[_Member] = []
+        self._workers: dict[int, _Member] = {}
+        #: Draft workers that load, and how often in a row one could not.
+        self._loading: dict[int, tuple[Any, Any]] = {}
+        self._num_failures = 0
         self._loaded: Loaded | None = None
         self._closed = threading.Event()
-        #: Why the replica cannot go on; None while it can.
-        self.lost: str | None = None
+
+    @property
+    def process_ids(self) -> dict[str, int]:
+        """Of every actor that runs, by its name."""
+        return {member.name: member.pid for member in [*self._shards, *list(self._workers.values())]}
 
     def start(self) -> Served:
         """Places, loads and warms up; returns what rank 0 serves."""
         started = time.monotonic()
         self._group = placement_group(self._shape.bundles, strategy=self._config.placement_strategy)
         ray.get(self._group.ready(), timeout=_PLACEMENT_TIMEOUT_S)
-        self._shards = [
+        shards = [
             self._make(ShardActor, rank, self._shape.shards[rank], self._config, rank, self._replica_id)
             for rank in range(self._config.tensor_parallel_size)
         ]
+        doors = ray.get(shards[0].open.remote(self._secret))
         placed = time.monotonic()
-        doors = ray.get(self._shards[0].open.remote(self._secret))
-        self._loaded = ray.get([shard.start.remote(doors) for shard in self._shards])[0]
-        for rank, shard in enumerate(self._shards):
-            self._lives[shard.live.remote()] = ("shard", rank)
+        self._loaded = ray.get([shard.start.remote(doors) for shard in shards])[0]
+        self._shards = [_join(f"shard {rank}", shard) for rank, shard in enumerate(shards)]
         for index in range(self._config.num_draft_workers):
-            self._start_worker(index)
-        served: Served = ray.get(self._shards[0].serve.remote())
+            self._load_worker(index)
+        for index, (worker, begun) in list(self._loading.items()):
+            ray.get(begun)
+            self._take_in(index, worker)
+        served: Served = ray.get(shards[0].serve.remote())
         served.phases["place"] = placed - started
         threading.Thread(target=self._watch, name="replica-watch", daemon=True).start()
         _log.info("%s serves at %s after %s", self._replica_id, served.address, served.phases)
         return served
 
-    def process_ids(self) -> dict[str, int]:
-        """Of every actor, by its part."""
-        names = [f"shard {rank}" for rank in range(len(self._shards))]
-        names += [f"draft worker {index}" for index in self._workers]
-        actors = [*self._shards, *self._workers.values()]
-        return dict(zip(names, ray.get([a.process_id.remote() for a in actors]), strict=True))
-
     def drain(self) -> None:
         """Takes nothing new and lets running requests finish."""
-        ray.get(self._shards[0].drain.remote())
+        ray.get(self._shards[0].actor.drain.remote())
 
     def close(self) -> None:
         """Ends all actors and gives their resources back."""
         self._closed.set()
-        for actor in [*self._shards, *self._workers.values()]:
-            ray.kill(actor)
+        for member in [*self._shards, *self._workers.values()]:
+            ray.kill(member.actor)
         if self._group is not None:
+            # Ends processes that are stopped, too.
             remove_placement_group(self._group)
 
     def _make(self, kind: type, bundle: int, resources: Resources, *args: Any) -> Any:
@@ -116,27 +140,65 @@ class ReplicaActors:
         )
         return actor.remote(*args)
 
-    def _start_worker(self, index: int) -> None:
+    def _load_worker(self, index: int) -> None:
         assert self._loaded is not None
         assert self._loaded.links is not None
         bundle = len(self._shape.shards) + index
         name = f"{self._replica_id}/{index}"
         worker = self._make(DraftActor, bundle, self._shape.draft_workers[index], self._config, name)
-        self._workers[index] = worker
-        worker.start.remote(self._loaded.links, self._secret, self._loaded.num_pages)
-        self._lives[worker.live.remote()] = ("draft worker", index)
+        self._loading[index] = (worker, worker.start.remote(self._loaded.links, self._secret, self._loaded.num_pages))
+
+    def _take_in(self, index: int, worker: Any) -> None:
+        del self._loading[index]
+        self._workers[index] = _join(f"draft worker {index}", worker)
 
     def _watch(self) -> None:
         """A lost shard is the replica's end; a lost draft worker is made anew."""
-        while not self._closed.is_set():
-            done, _ = ray.wait(list(self._lives), num_returns=1, timeout=_LOOK_S)
-            for life in done:
-                what, index = self._lives.pop(life)
-                if self._closed.is_set():
+        while not self._closed.wait(_LOOK_S):
+            for member in self._shards:
+                if (reason := self._why_lost(member)) is not None:
+                    self._on_lost(f"{member.name} {reason}")
                     return
-                _log.warning("%s: %s %d is gone", self._replica_id, what, index)
-                if what == "shard":
-                    self.lost = f"shard {index} is gone"
-                    return
-                time.sleep(_PAUSE_S)
-                self._start_worker(index)
+            for index, worker in list(self._workers.items()):
+                if (reason := self._why_lost(worker)) is not None:
+                    _log.warning("%s: %s %s and is made anew", self._replica_id, worker.name, reason)
+                    ray.kill(worker.actor)
+                    del self._workers[index]
+                    self._load_worker(index)
+            for index, (worker, begun) in list(self._loading.items()):
+                if ray.wait([begun], timeout=0)[0]:
+                    self._note_begun(index, worker, begun)
+
+    def _why_lost(self, member: _Member) -> str | None:
+        """None while the member lives; a stopped process counts as dead."""
+        if ray.wait([member.life], timeout=0)[0]:
+            return "is gone"
+        now = time.monotonic()
+        if member.pulse is not None and ray.wait([member.pulse], timeout=0)[0]:
+            member.pulse = None
+        if member.pulse is None and now - member.asked_at >= _PULSE_S:
+            member.pulse, member.asked_at = member.actor.process_id.remote(), now
+        # Ray's calls queue behind others, so more patience is due than with the plan channel.
+        limit_s = 2 * self._config.silence_s
+        if member.pulse is not None and now - member.asked_at > limit_s:
+            return f"has shown no sign of life for {limit_s:g} s"
+        return None
+
+    def _note_begun(self, index: int, worker: Any, begun: Any) -> None:
+        try:
+            ray.get(begun)
+            self._take_in(index, worker)
+            self._num_failures = 0
+            return
+        except ray.exceptions.RayError as error:
+            self._num_failures += 1
+            pause_s = min(_MIN_PAUSE_S * 2.0**self._num_failures, _MAX_PAUSE_S)
+            what = f"{self._replica_id}: draft worker {index} could not start; again in {pause_s:.1f} s"
+            _log.warning("%s: %s", what, str(error).splitlines()[-1])
+        ray.kill(worker)
+        if not self._closed.wait(pause_s):
+            self._load_worker(index)
+
+
+def _join(name: str, actor: Any) -> _Member:
+    return _Member(name=name, actor=actor, life=actor.live.remote(), pid=ray.get(actor.process_id.remote()))

@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 #: Seconds that ranks wait for each other while they start; loading may take long.
 _START_TIMEOUT_S = 1800.0
+#: Seconds between looks at what a shard depends on.
+_LOOK_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,10 +217,14 @@ class TargetShard:
         self._loop.run_forever()
 
     def _watch(self) -> None:
-        """Ends the process when a step does not end or the loop is lost: nobody else could."""
+        """Ends the process when a rank is gone, a step does not end or the loop is lost: nobody else could."""
         assert self._server is not None
+        assert self._channel is not None
         while True:
-            time.sleep(0.1)
+            time.sleep(_LOOK_S)
+            rank, silent_s = self._channel.silence()
+            if silent_s > self._config.silence_s:
+                die(f"{self._replica_id}: rank {rank} has been silent for {silent_s:.1f} s")
             age = self._server.step_loop.step_age_s
             if age > self._config.step_timeout_s:
                 die(f"{self._replica_id}: a step has taken {age:.1f} s; the limit is {self._config.step_timeout_s:g} s")

@@ -115,6 +115,11 @@ class LinkListener:
         host, port = self._listener.address[:2]
         return str(host), int(port)
 
+    @property
+    def num_waiting(self) -> int:
+        """Workers that the next `take` gives."""
+        return len(self._waiting)
+
     def take(self) -> list[WorkerLink]:
         """Workers that came since the last call."""
         if not self._waiting:

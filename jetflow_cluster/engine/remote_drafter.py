@@ -59,8 +59,8 @@ class RemoteDrafter:
 
     @property
     def num_workers(self) -> int:
-        """Workers that answer."""
-        return len(self._links)
+        """Workers that answer, and those that have come and join with the next step."""
+        return len(self._links) + self._listener.num_waiting
 
     def fuse(self, taps: torch.Tensor) -> torch.Tensor:
         """See `Drafter.fuse`."""

@@ -1,7 +1,7 @@
 """Commands from a leader to its followers: small messages over sockets that nobody polls.
 
-No collective is left open while there is nothing to do, so an idle group costs no CPU; a heartbeat each second tells
-a follower that its leader lives.
+No collective is left open while there is nothing to do, so an idle group costs no CPU. Heartbeats go both ways, so
+that each side knows whether the other lives, also while it computes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import pickle
 import threading
 import time
 from collections.abc import Sequence
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
 
 #: Seconds between heartbeats, and how long a follower believes in a silent leader.
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 0.5
 SILENCE_S = 5.0
 
 
@@ -37,6 +37,7 @@ class LeaderChannel:
             raise ValueError(f"secret of {len(secret)} bytes: must be at least 16")
         self._listener = Listener((host, port), family="AF_INET", backlog=64, authkey=secret)
         self._connections: list[Connection] = []
+        self._heard_at: dict[Connection, float] = {}
         self._deferred: list[Any] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -52,7 +53,15 @@ class LeaderChannel:
         for _ in range(num_followers):
             self._connections.append(self._listener.accept())
         self._listener.close()
+        self._heard_at = dict.fromkeys(self._connections, time.monotonic())
         threading.Thread(target=self._beat, name="channel-heartbeat", daemon=True).start()
+        threading.Thread(target=self._listen, name="channel-listener", daemon=True).start()
+
+    def silence(self) -> tuple[int, float]:
+        """The rank that has been silent for longest, and the seconds; infinite when it is gone, 0 without followers."""
+        now = time.monotonic()
+        silent = [now - self._heard_at[connection] for connection in self._connections]
+        return max(enumerate(silent, 1), key=lambda entry: entry[1], default=(0, 0.0))
 
     def defer(self, command: Any) -> None:
         """Sends a command together with the next one that is sent."""
@@ -95,6 +104,18 @@ class LeaderChannel:
             except ChannelClosedError:
                 return
 
+    def _listen(self) -> None:
+        alive = list(self._connections)
+        while alive and not self._closed.is_set():
+            for connection in wait(alive, HEARTBEAT_S):
+                assert isinstance(connection, Connection)
+                try:
+                    connection.recv_bytes()
+                    self._heard_at[connection] = time.monotonic()
+                except (EOFError, OSError):
+                    alive.remove(connection)
+                    self._heard_at[connection] = -float("inf")
+
 
 class FollowerChannel:
     """A follower's end.
@@ -110,11 +131,16 @@ class FollowerChannel:
         self, address: tuple[str, int], secret: bytes, *, connect_timeout_s: float = 60.0, silence_s: float = SILENCE_S
     ):
         self._silence_s, self._has_ended = silence_s, False
+        self._closed = threading.Event()
+        self._connection = self._connect(address, secret, connect_timeout_s)
+        threading.Thread(target=self._beat, name="channel-heartbeat", daemon=True).start()
+
+    @staticmethod
+    def _connect(address: tuple[str, int], secret: bytes, connect_timeout_s: float) -> Connection:
         deadline = time.monotonic() + connect_timeout_s
         while True:
             try:
-                self._connection = Client((address[0], address[1]), family="AF_INET", authkey=secret)
-                return
+                return Client((address[0], address[1]), family="AF_INET", authkey=secret)
             except ConnectionRefusedError:
                 if time.monotonic() > deadline:
                     raise ChannelClosedError(f"nobody listens at {address[0]}:{address[1]}") from None
@@ -144,4 +170,12 @@ class FollowerChannel:
 
     def close(self) -> None:
         """Lets go of the connection."""
+        self._closed.set()
         self._connection.close()
+
+    def _beat(self) -> None:
+        while not self._closed.wait(HEARTBEAT_S):
+            try:
+                self._connection.send_bytes(b"")
+            except OSError:
+                return

@@ -60,7 +60,7 @@ class ReplicaLink:
         self._has_frames = self._is_described = False
         #: Attempts to connect since the replica was last described.
         self._num_failures = 0
-        self._is_retired = self._could_serve = False
+        self._is_retired = self._is_closed = self._could_serve = False
         #: Tokens of this router's requests, and of all others when the replica last told its load.
         self._own_tokens = self._others_tokens = 0
         self._stream: ReplicaStream | None = None
@@ -111,9 +111,17 @@ class ReplicaLink:
             _log.warning("replica %s leaves with %d requests", self.replica_id, self.num_flights)
         await self.close()
 
+    def take_back(self) -> bool:
+        """Ends a `retire` that has not come to its end; the caller cancels it. False when it is too late."""
+        if self._is_closed:
+            return False
+        self._is_retired = False
+        self._note_change()
+        return True
+
     async def close(self) -> None:
         """Ends the connection; requests that it still has get `LOST`."""
-        self._is_retired = True
+        self._is_retired = self._is_closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

@@ -71,15 +71,7 @@ class ReplicaSet:
                 self._retire(link)
         for replica_id, address in addresses.items():
             if replica_id not in self._links:
-                link = self._links[replica_id] = ReplicaLink(
-                    replica_id,
-                    address,
-                    self._config,
-                    on_change=self._note_change,
-                    on_lost=self._note_lost,
-                    on_freed=self._on_freed,
-                )
-                link.start()
+                self._links[replica_id] = self._taken_back(replica_id, address) or self._new_link(replica_id, address)
         self._note_change()
 
     async def close(self) -> None:
@@ -192,6 +184,26 @@ class ReplicaSet:
             raise StatusError.unavailable("no replica is healthy", retry_after_s=1.0) from None
         links = [link for link in self._links.values() if link.can_serve]
         return min(links, key=lambda link: link.outstanding_tokens)
+
+    def _new_link(self, replica_id: str, address: str) -> ReplicaLink:
+        link = ReplicaLink(
+            replica_id,
+            address,
+            self._config,
+            on_change=self._note_change,
+            on_lost=self._note_lost,
+            on_freed=self._on_freed,
+        )
+        link.start()
+        return link
+
+    def _taken_back(self, replica_id: str, address: str) -> ReplicaLink | None:
+        """The link of a replica that was thought to leave, with the requests that it still has."""
+        for link, task in self._retiring.items():
+            if (link.replica_id, link.address) == (replica_id, address) and link.take_back():
+                task.cancel()
+                return link
+        return None
 
     def _retire(self, link: ReplicaLink) -> None:
         task = asyncio.get_running_loop().create_task(link.retire(), name=f"retire {link.replica_id}")

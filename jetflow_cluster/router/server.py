@@ -24,8 +24,6 @@ from jetflow_cluster.rpc.v1 import inference_pb2_grpc
 
 _log = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["JetFlowInference"].full_name
-#: Clients may ask a silent connection this often whether it lives, in milliseconds.
-_MIN_PING_MS = 10_000
 #: Seconds that calls get to notice that the server stops.
 _STOP_GRACE_S = 0.5
 
@@ -134,7 +132,6 @@ class RouterServer:
 
 def _options(config: RouterConfig) -> list[tuple[str, int]]:
     options = dict(SERVER_OPTIONS)
-    options["grpc.http2.min_ping_interval_without_data_ms"] = _MIN_PING_MS
     ages = {
         "grpc.max_connection_age_ms": config.max_connection_age_s,
         "grpc.max_connection_age_grace_ms": config.max_connection_age_grace_s,

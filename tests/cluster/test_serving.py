@@ -94,8 +94,9 @@ def test_tokens_over_grpc_equal_the_local_engines(
         found = list(threads.map(lambda i: client.generate(PROMPTS[i], params(i)), range(len(PROMPTS))))
     assert [o.token_ids for o in found] == [o.token_ids for o in expected]
     assert [o.finish_reason for o in found] == [o.finish_reason for o in expected]
-    pids = handle.describe_replica.remote().result()["pids"]
-    assert len(set(pids.values())) == config.get("tensor_parallel_size", 1) + config.get("num_draft_workers", 0)
+    (replica,) = handle.overview.remote().result()["replicas"].values()
+    num_actors = config.get("tensor_parallel_size", 1) + config.get("num_draft_workers", 0)
+    assert len(set(replica["pids"].values())) == num_actors + 1
     client.close()
 
 
@@ -106,7 +107,7 @@ def test_a_shard_that_dies_in_mid_stream_loses_no_token(
     llm = LLM(*checkpoints, dtype="float64", num_pages=128, tree_nodes={1: 8})
     expected = [o.token_ids for o in llm.generate(PROMPTS, [params(i, 200) for i in range(len(PROMPTS))])]
     client, handle = deploy(checkpoints, tensor_parallel_size=2, num_replicas=2, step_timeout_s=2.0)
-    victim = handle.describe_replica.remote().result()
+    victim = next(iter(handle.overview.remote().result()["replicas"].values()))
 
     def run(i: int) -> list[int]:
         tokens: list[int] = []

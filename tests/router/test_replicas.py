@@ -129,6 +129,24 @@ def test_a_replica_that_leaves_too_slowly_hands_over() -> None:
     run(test)
 
 
+def test_a_replica_that_is_told_of_again_keeps_its_requests() -> None:
+    async def test() -> None:
+        async with cluster(replica=SLOW) as made:
+            runs = [asyncio.create_task(stream(made.stub, request(100, seed=seed))) for seed in range(4)]
+            await until(lambda: len(made.replicas[0].running) == 2)
+            made.tell(made.replicas[1:])
+            assert healthy(made) == {"replica-1"}
+            made.tell(made.replicas)
+            assert healthy(made) == {"replica-0", "replica-1"}
+            for seed, seen in enumerate(await asyncio.gather(*runs)):
+                seen.check(request(100, seed=seed))
+                assert seen.finished is not None and seen.finished.num_resumes == 0
+            assert len(made.replicas[0].hellos) == 1
+            await made.is_clean()
+
+    run(test)
+
+
 def test_a_name_may_come_back_with_another_address() -> None:
     async def test() -> None:
         async with cluster(1) as made:
