@@ -40,8 +40,9 @@ endif
 	$(RUN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	@touch $@
 
-demo: $(STAMP) ## Complete held-out code with and without speculation; pictures in out/demo
+demo: $(STAMP) ## Complete held-out code with and without speculation, then served, with a shard killed; out/demo
 	$(RUN)/jetflow demo --output $(OUT)/demo
+	$(RUN)/jetflow demo --served --output $(OUT)/demo/served
 
 serve: $(STAMP) ## Serve the embedded model over gRPC on port 9000 until Ctrl-C
 	$(RUN)/jetflow serve

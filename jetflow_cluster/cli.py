@@ -188,8 +188,17 @@ def demo(
     model: opt.Model = None,
     draft_head: opt.DraftHead = None,
     device: opt.Device = "auto",
+    served: Annotated[
+        bool, typer.Option("--served", help="Serve the embedded model on a local Ray, and kill a shard in mid-stream.")
+    ] = False,
 ) -> None:
     """Complete held-out code with and without speculation, live, and prove the outputs identical."""
+    if served:
+        from jetflow_cluster.bench.demo_served import ServedDemoConfig, run_served_demo
+
+        run_served_demo(ServedDemoConfig(output_dir=output, max_tokens=max_tokens), stdout)
+        stdout.print(f"wrote {output / 'results.json'}\nwrote {output / 'served.png'}")
+        return
     from jetflow_cluster.bench.demo import DemoConfig, run_demo
 
     config = DemoConfig(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import time
 from typing import Any
@@ -15,7 +17,7 @@ from jetflow_cluster.cluster.placement import replica_shape
 from jetflow_cluster.rpc.client import JetFlowClient
 
 APP_NAME = "jetflow"
-#: What Ray's processes must find in their environment, so that stopped ones are replaced as fast as dead ones. A replica
+#: What Ray's processes must find in their environment, so that stopped ones are replaced like dead ones. A replica
 #: that fails its health checks gets no time to drain, and a process that does not end is killed behind half a second.
 RAY_ENVIRONMENT = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
@@ -25,19 +27,25 @@ _READY_TIMEOUT_S = 1800.0
 _LOOK_S = 0.1
 
 
-def connect(address: str | None, config: ClusterConfig) -> None:
+def connect(address: str | None, config: ClusterConfig, *, log_to_driver: bool = True) -> None:
     """Joins the Ray cluster at `address`, or starts one on this machine.
 
     A cluster that is started here counts at least as many CPUs as the replicas' actors ask for, so that a small machine
     can try any shape; actors then share its cores.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address is not None:
-        ray.init(address=address, configure_logging=False)
+        ray.init(address=address, configure_logging=False, log_to_driver=log_to_driver)
         return
     bundles = replica_shape(config, cluster_has_gpus=False).bundles
     os.environ.update(RAY_ENVIRONMENT)
     wanted = config.num_replicas * sum(bundle["CPU"] for bundle in bundles)
-    ray.init(num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999)), include_dashboard=False, configure_logging=False)
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, math.ceil(wanted)),
+        include_dashboard=False,
+        configure_logging=False,
+        log_to_driver=log_to_driver,
+    )
 
 
 def deploy(config: ClusterConfig) -> str:
