@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jetflow_cluster import __version__, cli_remote, cli_serving, cli_training
+from jetflow_cluster import __version__, cli_bench, cli_remote, cli_serving, cli_training
 from jetflow_cluster import cli_options as opt
 from jetflow_cluster.console import Commands, apply_environment, stderr, stdout
 from jetflow_cluster.env import read_environment
@@ -297,6 +297,10 @@ def offline(
     draw_offline(results, output / "results.png")
     stdout.print(rows_table(results["rows"]))
     stdout.print(f"wrote {output / 'results.json'} and {output / 'results.png'}")
+
+
+bench_app.command("router", epilog="Example:\n\n  jetflow bench router --output out/router")(cli_bench.router)
+bench_app.command("serve", epilog="Example:\n\n  jetflow bench serve --output out/serve")(cli_bench.serve)
 
 
 @app.command()

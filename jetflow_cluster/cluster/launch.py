@@ -22,6 +22,7 @@ APP_NAME = "jetflow"
 RAY_ENVIRONMENT = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "RAY_kill_worker_timeout_milliseconds": "500",
+    "RAY_worker_niceness": "0",
 }
 _READY_TIMEOUT_S = 1800.0
 _LOOK_S = 0.1

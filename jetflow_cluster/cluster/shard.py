@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import logging
 import os
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -23,6 +24,7 @@ from jetflow_cluster.engine.draft_link import DraftWorker, LinkListener
 from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.engine.loading import checkpoints, load_draft_worker, load_follower
 from jetflow_cluster.engine.remote_drafter import RemoteDrafter
+from jetflow_cluster.layers.compute_threads import release_compute_threads
 from jetflow_cluster.models.loader import load_fuser
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
@@ -34,6 +36,9 @@ _log = logging.getLogger(__name__)
 _START_TIMEOUT_S = 1800.0
 #: Seconds between looks at what a shard depends on.
 _LOOK_S = 0.1
+#: Longest that the data plane's thread may keep the interpreter from the step loop, which gives it up with every
+#: operation of torch, in seconds. Python's own 5 ms are as long as a step.
+_SWITCH_S = 0.0002
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +134,7 @@ class TargetShard:
         follower = load_follower(
             self._config.engine_config(), tp=tp, channel=channel, with_head=self._config.num_draft_workers == 0
         )
+        release_compute_threads()
 
         def run() -> None:
             try:
@@ -255,6 +261,7 @@ class DraftWorkerProcess:
             described={"num_pages": num_pages, "page_size": self._config.page_size},
         )
         worker.connect(links, secret)
+        release_compute_threads()
 
         def run() -> None:
             worker.run()
@@ -271,6 +278,7 @@ def die(why: str) -> NoReturn:
 
 
 def _use_threads(config: ClusterConfig) -> None:
+    sys.setswitchinterval(_SWITCH_S)
     if config.num_threads_per_actor is not None:
         torch.set_num_threads(config.num_threads_per_actor)
     elif not torch.cuda.is_available():

@@ -20,6 +20,7 @@ from jetflow_cluster.engine.loading import DrafterFactory, LoadedEngine, load_en
 from jetflow_cluster.engine.protocols import TreeBuilder
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.warmup import warm_up
+from jetflow_cluster.layers.compute_threads import release_compute_threads
 from jetflow_cluster.parallel.channel import LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
 from jetflow_cluster.types import InvalidRequestError, SamplingParams, SpeculationMode
@@ -68,6 +69,8 @@ class EngineFrontend:
             self.engine.scheduler.budget = BudgetTable(tree_nodes)
         elif self.engine.drafter is not None and is_drafter_ready:
             self.warm_up()
+        # Often another thread steps the engine.
+        release_compute_threads()
 
     @property
     def vocab_size(self) -> int:
@@ -173,6 +176,7 @@ class EngineFrontend:
             max_running=config.max_num_requests,
             max_rows=config.max_num_batched_tokens,
         )
+        release_compute_threads()
 
     def make_warmup_request(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> Request:
         """A request outside the limits on `max_tokens`; it is aborted or ends by the context's limit."""

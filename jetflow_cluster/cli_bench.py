@@ -1,0 +1,63 @@
+"""``jetflow bench router`` and ``jetflow bench serve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jetflow_cluster import cli_options as opt
+from jetflow_cluster.console import stderr, stdout
+
+Output = Annotated[Path, typer.Option(help="Folder for results.json and the picture.")]
+
+
+def router(
+    output: Output,
+    num_pairs: Annotated[int, typer.Option(min=20, help="Requests sent both ways, for the latency.")] = 300,
+    num_streams: Annotated[str, typer.Option(help="Concurrent streams, by comma, for the throughput.")] = "1,8,32,128",
+    num_deltas: Annotated[int, typer.Option(min=128, help="Deltas of each measurement.")] = 20_000,
+) -> None:
+    """Measure what a router adds to a call, and how many deltas it passes on per second and core.
+
+    The replica behind it is synthetic: it speaks the protocol and computes nothing.
+    """
+    from jetflow_cluster.bench.router import RouterBenchConfig, run_router_bench
+
+    streams = opt.read_numbers("num_streams", num_streams)
+    config = RouterBenchConfig(output_dir=output, num_pairs=num_pairs, num_streams=streams, num_deltas=num_deltas)
+    results = run_router_bench(config, stderr)
+    latency = results["latency"]
+    stdout.print(f"first delta: {latency['added_ms']:.2f} ms added to {latency['direct_ms']:.2f} ms (median)")
+    for row in results["rows"]:
+        per_core, used = row["deltas_per_s_and_core"], row["cpu_us_per_delta"]
+        stdout.print(f"{row['name']}: {per_core:,} deltas per second and core ({used:.0f} CPU microseconds each)")
+    stdout.print(f"wrote {output / 'results.json'} and {output / 'router.png'}")
+
+
+def serve(
+    output: Output,
+    model: opt.Model = None,
+    draft_head: opt.DraftHead = None,
+    num_concurrent: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    num_rounds: Annotated[int, typer.Option(min=1, help="Groups of that many prompts.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens of each prompt.")] = 128,
+) -> None:
+    """Compare the whole stack (client, router, replica, Ray) with the engine alone, on this machine in one run."""
+    from jetflow_cluster.bench.serve import ServeBenchConfig, run_serve_bench
+
+    config = ServeBenchConfig(
+        output_dir=output,
+        model=model,
+        draft_head=draft_head,
+        num_concurrent=num_concurrent,
+        num_rounds=num_rounds,
+        max_tokens=max_tokens,
+    )
+    for row in run_serve_bench(config, stderr)["rows"]:
+        stdout.print(
+            f"{row['name']}: {row['tokens_per_s']:.0f} tokens/s, {row['ratio_to_engine']:.2f} of the engine alone; "
+            f"CPU ms per token: {', '.join(f'{name} {ms:.2f}' for name, ms in row['cpu_ms_per_token'].items())}"
+        )
+    stdout.print(f"wrote {output / 'results.json'} and {output / 'serve.png'}")
