@@ -41,7 +41,7 @@ def serve(
     model: opt.Model = None,
     draft_head: opt.DraftHead = None,
     num_concurrent: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
-    num_rounds: Annotated[int, typer.Option(min=1, help="Groups of that many prompts.")] = 8,
+    num_rounds: Annotated[int, typer.Option(min=1, help="Groups of prompts.")] = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens of each prompt.")] = 128,
 ) -> None:
     """Compare the whole stack (client, router, replica, Ray) with the engine alone, on this machine in one run."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from jetflow_cluster.bench.report import load_pyplot, write_json
 from jetflow_cluster.cluster import launch
 from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.engine.local import LLM
-from jetflow_cluster.rpc.client import JetFlowClient
+from jetflow_cluster.rpc.client import AsyncJetFlowClient
 from jetflow_cluster.types import SamplingParams, SpeculationMode, SpeculationOptions
 
 MODES = (SpeculationMode.OFF, SpeculationMode.AUTO)
@@ -40,8 +40,10 @@ class ServeBenchConfig:
     dtype: str = "float32"
     #: Requests at a time.
     num_concurrent: int = 8
-    #: Groups of that many prompts; each is completed by both systems in turns.
-    num_rounds: int = 8
+    #: Groups of prompts; each is completed by both systems in turns.
+    num_rounds: int = 5
+    #: Prompts of a group for each request at a time: as one ends, the next begins.
+    num_per_stream: int = 3
     max_tokens: int = 128
 
 
@@ -63,15 +65,21 @@ class _Run:
 def run_serve_bench(config: ServeBenchConfig, console: Console) -> dict[str, Any]:
     """Measures, writes ``results.json`` and the picture, and returns the former's content."""
     with console.status("loading the engine to compare with"):
-        llm = LLM(config.model, config.draft_head, dtype=config.dtype, enable_prefix_cache=False)
-        num_prompts = config.num_concurrent * config.num_rounds
+        llm = LLM(
+            config.model,
+            config.draft_head,
+            dtype=config.dtype,
+            enable_prefix_cache=False,
+            max_num_requests=config.num_concurrent,
+        )
+        num_prompts = config.num_concurrent * config.num_per_stream * config.num_rounds
         found = load_prompts(None, llm.tokenizer, max_prompts=num_prompts, max_prompt_tokens=128)
     prompts = [prompt.token_ids for prompt in found]
-    groups = [prompts[i :: config.num_rounds][: config.num_concurrent] for i in range(config.num_rounds)]
+    groups = [prompts[i :: config.num_rounds] for i in range(config.num_rounds)]
     runs: dict[tuple[SpeculationMode, str], list[_Run]] = {(m, s): [] for m in MODES for s in ("engine", "served")}
-    with _served(config, console) as (client, pids):
+    with _served(config, console) as (address, pids):
         for mode in MODES:
-            _through_stack(client, pids, groups[0], _params(config, mode))
+            _through_stack(address, pids, groups[0], _params(config, mode), config.num_concurrent)
             _engine_alone(llm, groups[0], _params(config, mode))
         for i, group in enumerate(track(groups, "measuring", console=console, transient=True)):
             for mode in MODES:
@@ -81,7 +89,7 @@ def run_serve_bench(config: ServeBenchConfig, console: Console) -> dict[str, Any
                     run = (
                         _engine_alone(llm, group, params)
                         if system == "engine"
-                        else _through_stack(client, pids, group, params)
+                        else _through_stack(address, pids, group, params, config.num_concurrent)
                     )
                     runs[mode, system].append(run)
     results = {
@@ -90,6 +98,7 @@ def run_serve_bench(config: ServeBenchConfig, console: Console) -> dict[str, Any
         "dtype": config.dtype,
         "num_concurrent": config.num_concurrent,
         "num_rounds": config.num_rounds,
+        "num_per_stream": config.num_per_stream,
         "max_tokens": config.max_tokens,
         "rows": [_row(mode, runs[mode, "engine"], runs[mode, "served"]) for mode in MODES],
     }
@@ -105,7 +114,7 @@ def _params(config: ServeBenchConfig, mode: SpeculationMode) -> SamplingParams:
 
 
 @contextmanager
-def _served(config: ServeBenchConfig, console: Console) -> Iterator[tuple[JetFlowClient, dict[str, int]]]:
+def _served(config: ServeBenchConfig, console: Console) -> Iterator[tuple[str, dict[str, int]]]:
     cluster = ClusterConfig(
         model=config.model,
         draft_head=config.draft_head,
@@ -121,8 +130,7 @@ def _served(config: ServeBenchConfig, console: Console) -> Iterator[tuple[JetFlo
         for members in launch.overview().values():
             for member in members.values():
                 pids |= member["pids"]
-        with JetFlowClient(address, timeout_s=300.0) as client:
-            yield client, pids
+        yield address, pids
     finally:
         launch.shut_down()
 
@@ -135,20 +143,27 @@ def _engine_alone(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams
     return _Run(num_tokens=sum(map(len, token_ids)), took_s=took_s, cpu_s={}, token_ids=token_ids)
 
 
-def _through_stack(
-    client: JetFlowClient, pids: dict[str, int], prompts: Sequence[list[int]], params: SamplingParams
-) -> _Run:
-    def read(prompt: list[int]) -> list[int]:
-        tokens: list[int] = []
-        for delta in client.stream(prompt, params):
-            tokens += delta.token_ids
-        return tokens
+async def _read_all(
+    address: str, prompts: Sequence[list[int]], params: SamplingParams, num_concurrent: int
+) -> list[list[int]]:
+    """The tokens of each prompt, so many streamed at a time."""
+    room = asyncio.Semaphore(num_concurrent)
+    async with AsyncJetFlowClient(address, timeout_s=300.0) as client:
 
+        async def read(prompt: list[int]) -> list[int]:
+            async with room:
+                return [token async for delta in client.stream(prompt, params) for token in delta.token_ids]
+
+        return await asyncio.gather(*(read(prompt) for prompt in prompts))
+
+
+def _through_stack(
+    address: str, pids: dict[str, int], prompts: Sequence[list[int]], params: SamplingParams, num_concurrent: int
+) -> _Run:
     before = {name: _cpu_s(pid) for name, pid in pids.items()}
     idle_before = _all_cpu_s()
     began = time.perf_counter()
-    with ThreadPoolExecutor(len(prompts)) as threads:
-        token_ids = list(threads.map(read, prompts))
+    token_ids = asyncio.run(_read_all(address, prompts, params, num_concurrent))
     took_s = time.perf_counter() - began
     cpu_s = {name: _cpu_s(pid) - before[name] for name, pid in pids.items()}
     cpu_s["everything else"] = max(0.0, _all_cpu_s() - idle_before - sum(cpu_s.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -82,6 +83,9 @@ class Router:
         self._server = RouterServer(self._config)
         port = await self._server.start()
         address = f"{get_node_ip_address()}:{port}"
+        # What is there now stays: the collector need not look at it again and hold streams up.
+        gc.collect()
+        gc.freeze()
         self._tasks = [
             asyncio.create_task(_report(self._directory, "router", self._id, address, self._about)),
             asyncio.create_task(self._follow()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import gc
 import logging
 import os
 import sys
@@ -38,7 +39,7 @@ _START_TIMEOUT_S = 1800.0
 _LOOK_S = 0.1
 #: Longest that the data plane's thread may keep the interpreter from the step loop, which gives it up with every
 #: operation of torch, in seconds. Python's own 5 ms are as long as a step.
-_SWITCH_S = 0.0002
+_SWITCH_S = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +200,9 @@ class TargetShard:
         threading.Thread(target=self._run_server, args=(server_config, ready), name="data-plane", daemon=True).start()
         address = ready.result()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        # What is there now stays: the collector need not look at it again and hold a step up.
+        gc.collect()
+        gc.freeze()
         return Served(address=address, phases=dict(self._phases))
 
     def _wait_for_workers(self, drafter: RemoteDrafter) -> None:
