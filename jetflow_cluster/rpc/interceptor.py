@@ -11,8 +11,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from jetflow_cluster.rpc.errors import DOMAIN, StatusError, abort_with, status_of
+from jetflow_cluster.types import InvalidRequestError
 
 _log = logging.getLogger(__name__)
 #: Different faults whose traceback is logged; further ones, and each one's repetitions, get a line.
@@ -41,16 +43,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         wrap = self._guard_stream if handler.response_streaming else self._guard_unary
         kind = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
         make = getattr(grpc, f"{kind}_rpc_method_handler")
+        deserialize = handler.request_deserializer
         return make(
             wrap(getattr(handler, kind), method),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=deserialize if handler.request_streaming else _Reader(deserialize),
             response_serializer=handler.response_serializer,
         )
 
     def _guard_unary(self, behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
         async def guarded(request: Any, context: Any) -> Any:
             try:
-                return await behaviour(request, context)
+                return await behaviour(_readable(request), context)
             except Exception as error:
                 await self._end(context, error, method)
 
@@ -62,7 +65,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
         async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
             try:
-                async with contextlib.aclosing(behaviour(request, context)) as responses:
+                async with contextlib.aclosing(behaviour(_readable(request), context)) as responses:
                     async for response in responses:
                         yield response
             except Exception as error:
@@ -92,6 +95,29 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             exc_info=error if is_new else None,
         )
         return StatusError.internal(reference)
+
+
+class _Unreadable:
+    """Bytes that are no message."""
+
+
+class _Reader:
+    """Reads a message. What fails within gRPC's own reading would end as INTERNAL, with a stack in the log."""
+
+    def __init__(self, deserialize: Callable[[bytes], Any]):
+        self._deserialize = deserialize
+
+    def __call__(self, data: bytes) -> Any:
+        try:
+            return self._deserialize(data)
+        except DecodeError:
+            return _Unreadable()
+
+
+def _readable(request: Any) -> Any:
+    if isinstance(request, _Unreadable):
+        raise InvalidRequestError("request", "its bytes", "must be a message of this method, with text in UTF-8")
+    return request
 
 
 def _arity(is_stream: bool) -> str:

@@ -24,12 +24,12 @@ pytestmark = pytest.mark.slow
 PROMPTS = [[i + 1, 2 * i + 5, 7, 40 + i] * (1 + i % 5) for i in range(12)]
 
 
-def params(i: int, max_tokens: int = 32) -> SamplingParams:
+def params(i: int, temperature: float, max_tokens: int = 32) -> SamplingParams:
     mode = ("auto", "force", "off")[i % 3]
     return SamplingParams(
         max_tokens=max_tokens,
         seed=i,
-        temperature=0.9 if i % 2 else 0.0,
+        temperature=temperature,
         ignore_eos=True,
         speculation=SpeculationOptions(mode=mode, max_tree_nodes=8 if mode == "force" else None),
     )
@@ -75,28 +75,31 @@ def deploy(checkpoints: tuple[str, str], **config: Any) -> tuple[JetFlowClient, 
     return client, handle
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"tensor_parallel_size": 2},
-        {"tensor_parallel_size": 2, "draft_placement": "dedicated", "num_draft_workers": 1},
-    ],
-    ids=["one-shard", "tp-2", "tp-2-dedicated"],
-)
+@pytest.mark.parametrize("num_draft_workers", [0, 1, 2])
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2, 4])
 def test_tokens_over_grpc_equal_the_local_engines(
-    cluster: None, checkpoints: tuple[str, str], config: dict[str, Any]
+    cluster: None, checkpoints: tuple[str, str], tensor_parallel_size: int, num_draft_workers: int
 ) -> None:
-    llm = LLM(*checkpoints, dtype="float64", num_pages=128, tree_nodes={1: 8})
-    expected = llm.generate(PROMPTS, [params(i) for i in range(len(PROMPTS))])
-    client, handle = deploy(checkpoints, **config)
-    with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(lambda i: client.generate(PROMPTS[i], params(i)), range(len(PROMPTS))))
+    prompts = [[i + 1, 2 * i % 90 + 5, 7, 40 + i] * (1 + i % 5) for i in range(100)]
+    wanted = [(prompt, params(i, temperature)) for i, prompt in enumerate(prompts) for temperature in (0.0, 0.9)]
+    llm = LLM(*checkpoints, dtype="float32", num_pages=512, tree_nodes={1: 8})
+    expected = llm.generate([prompt for prompt, _ in wanted], [p for _, p in wanted])
+    client, handle = deploy(
+        checkpoints,
+        dtype="float32",
+        num_pages=512,
+        tensor_parallel_size=tensor_parallel_size,
+        num_draft_workers=num_draft_workers,
+        draft_placement="dedicated" if num_draft_workers else "colocated",
+    )
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(lambda pair: client.generate(*pair), wanted))
     assert [o.token_ids for o in found] == [o.token_ids for o in expected]
     assert [o.finish_reason for o in found] == [o.finish_reason for o in expected]
+    assert [o.text for o in found] == [o.text for o in expected]
     (replica,) = handle.overview.remote().result()["replicas"].values()
-    num_actors = config.get("tensor_parallel_size", 1) + config.get("num_draft_workers", 0)
-    assert len(set(replica["pids"].values())) == num_actors + 1
+    # The replica itself is a process too.
+    assert len(set(replica["pids"].values())) == 1 + tensor_parallel_size + num_draft_workers
     client.close()
 
 
@@ -105,13 +108,15 @@ def test_a_shard_that_dies_in_mid_stream_loses_no_token(
     cluster: None, checkpoints: tuple[str, str], signal_number: signal.Signals
 ) -> None:
     llm = LLM(*checkpoints, dtype="float64", num_pages=128, tree_nodes={1: 8})
-    expected = [o.token_ids for o in llm.generate(PROMPTS, [params(i, 200) for i in range(len(PROMPTS))])]
+    expected = [
+        o.token_ids for o in llm.generate(PROMPTS, [params(i, 0.9 * (i % 2), 200) for i in range(len(PROMPTS))])
+    ]
     client, handle = deploy(checkpoints, tensor_parallel_size=2, num_replicas=2, step_timeout_s=2.0)
     victim = next(iter(handle.overview.remote().result()["replicas"].values()))
 
     def run(i: int) -> list[int]:
         tokens: list[int] = []
-        for delta in client.stream(PROMPTS[i], params(i, 200)):
+        for delta in client.stream(PROMPTS[i], params(i, 0.9 * (i % 2), 200)):
             tokens += delta.token_ids
         return tokens
 
