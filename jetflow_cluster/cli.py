@@ -318,3 +318,4 @@ def doctor(as_json: opt.AsJson = False) -> None:
 app.command(epilog=cli_training.DISTILL_EXAMPLES)(cli_training.distill)
 app.command(epilog=cli_training.EVALUATE_EXAMPLES)(cli_training.evaluate_head)
 app.command(epilog=cli_serving.SERVE_EXAMPLES)(cli_serving.serve)
+app.command(epilog="Example:\n\n  jetflow timeline --seconds 5 --output timeline.json")(cli_serving.timeline)

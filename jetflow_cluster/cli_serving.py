@@ -55,6 +55,23 @@ def serve(
         launch.shut_down()
 
 
+def timeline(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")] = Path("timeline.json"),
+    seconds: Annotated[float, typer.Option(min=0.001, help="How far to look back.")] = 10.0,
+    address: Annotated[str, typer.Option(help="Ray cluster that serves; auto is this machine's.")] = "auto",
+) -> None:
+    """Write what every process of the served replicas did in the last seconds, for Perfetto or chrome://tracing."""
+    import json
+
+    from jetflow_cluster.cluster import launch
+    from jetflow_cluster.cluster.config import ClusterConfig
+
+    launch.connect(address, ClusterConfig(), log_to_driver=False)
+    found = launch.trace(seconds)
+    output.write_text(json.dumps(found), encoding="utf-8")
+    stdout.print(f"wrote {len(found['traceEvents'])} events to {output}")
+
+
 def _pairs(settings: list[str]) -> dict[str, Any]:
     found = {}
     for setting in settings:

@@ -126,12 +126,13 @@ class SamplingParams:
             _check_float(f"logit_bias[{token}]", bias, -100.0, 100.0)
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
-        for token in self.prior_output_token_ids:
-            _check_int("prior_output_token_ids", token, 0, 2**31 - 1)
-        if len(self.prior_output_token_ids) >= self.max_tokens:
-            raise InvalidRequestError(
-                "prior_output_token_ids", f"{len(self.prior_output_token_ids)} tokens", "must be fewer than max_tokens"
-            )
+        prior = self.prior_output_token_ids
+        # Prior output may be long, so it is looked at one by one only where something is wrong.
+        if prior and (set(map(type, prior)) != {int} or min(prior) < 0 or max(prior) >= 2**31):
+            for token in prior:
+                _check_int("prior_output_token_ids", token, 0, 2**31 - 1)
+        if len(prior) > self.max_tokens:
+            raise InvalidRequestError("prior_output_token_ids", f"{len(prior)} tokens", "must be at most max_tokens")
 
     @property
     def is_greedy(self) -> bool:

@@ -46,6 +46,10 @@ class EngineReplica:
                 _report(self._directory, "replica", self._id, self._served.address, self._about)
             )
 
+    async def trace(self, seconds: float) -> tuple[str, list[dict[str, Any]]]:
+        """The replica's name, and what its actors did; see `ReplicaActors.trace`."""
+        return self._id, await asyncio.to_thread(self._actors.trace, seconds)
+
     def _about(self) -> dict[str, Any]:
         pids = {"engine replica": os.getpid()} | self._actors.process_ids
         return {"pids": pids, "phases": self._served.phases}

@@ -64,7 +64,7 @@ class ClusterConfig:
     #: Seconds after which a step that does not end is taken for dead, and its process ends itself.
     step_timeout_s: float = 30.0
     #: Seconds for which a target waits for a dedicated draft worker's guess.
-    draft_timeout_s: float = 1.0
+    draft_timeout_s: float = 1.5
     #: Seconds that running requests get to finish when a replica or router is taken down.
     drain_timeout_s: float = 30.0
 

@@ -26,6 +26,7 @@ RAY_ENVIRONMENT = {
 }
 _READY_TIMEOUT_S = 1800.0
 _LOOK_S = 0.1
+_MAX_TRACE_CALLS = 50
 
 
 def connect(address: str | None, config: ClusterConfig, *, log_to_driver: bool = True) -> None:
@@ -73,6 +74,24 @@ def overview() -> dict[str, Any]:
     """All replicas and routers that run; see `Directory.overview`."""
     found: dict[str, Any] = serve.get_app_handle(APP_NAME).overview.remote().result()
     return found
+
+
+def trace(seconds: float) -> dict[str, Any]:
+    """What the processes of all replicas did in the last seconds, in the Chrome trace format.
+
+    Raises:
+        RuntimeError: a replica does not answer.
+    """
+    handle = serve.get_deployment_handle("EngineReplica", APP_NAME)
+    wanted = set(overview()["replicas"])
+    found: dict[str, list[dict[str, Any]]] = {}
+    # Serve chooses who answers; calls at the same time spread.
+    for _ in range(_MAX_TRACE_CALLS):
+        calls = [handle.trace.remote(seconds) for _ in wanted]
+        found |= dict(call.result() for call in calls)
+        if wanted <= set(found):
+            return {"traceEvents": [event for events in found.values() for event in events]}
+    raise RuntimeError(f"no answer came from {', '.join(sorted(wanted - set(found)))}")
 
 
 def shut_down() -> None:

@@ -118,6 +118,16 @@ class ReplicaActors:
         _log.info("%s serves at %s after %s", self._replica_id, served.address, served.phases)
         return served
 
+    def trace(self, seconds: float) -> list[dict[str, Any]]:
+        """What every actor did in the last seconds, as events of the Chrome trace format."""
+        members = [*self._shards, *list(self._workers.values())]
+        found = ray.get([member.actor.trace.remote(seconds) for member in members])
+        names = [
+            {"name": "process_name", "ph": "M", "pid": m.pid, "args": {"name": f"{self._replica_id} {m.name}"}}
+            for m in members
+        ]
+        return [*names, *(event for events in found for event in events)]
+
     def drain(self) -> None:
         """Takes nothing new and lets running requests finish."""
         ray.get(self._shards[0].actor.drain.remote())

@@ -21,6 +21,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.replica.config import ReplicaServerConfig
 from jetflow_cluster.cluster.replica.server import ReplicaServer
+from jetflow_cluster.cluster.replica.stage_ring import StageRing
 from jetflow_cluster.engine.draft_link import DraftWorker, LinkListener
 from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.engine.loading import checkpoints, load_draft_worker, load_follower
@@ -37,6 +38,8 @@ _log = logging.getLogger(__name__)
 _START_TIMEOUT_S = 1800.0
 #: Seconds between looks at what a shard depends on.
 _LOOK_S = 0.1
+#: Stages that a process remembers for traces.
+_NUM_TRACE_SLOTS = 65_536
 #: Longest that the data plane's thread may keep the interpreter from the step loop, which gives it up with every
 #: operation of torch, in seconds. Python's own 5 ms are as long as a step.
 _SWITCH_S = 0.001
@@ -92,6 +95,8 @@ class TargetShard:
         self._drafter: RemoteDrafter | None = None
         self._server: ReplicaServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        #: What a follower did; rank 0's step loop has its own.
+        self._stages = StageRing(_NUM_TRACE_SLOTS)
         _use_threads(config)
 
     def open(self, secret: bytes) -> Doors:
@@ -114,6 +119,10 @@ class TargetShard:
         """Of this shard."""
         return os.getpid()
 
+    def trace(self, seconds: float) -> list[dict[str, Any]]:
+        """Stages of the last seconds as events of the Chrome trace format; see `StageRing.events`."""
+        return self._server.step_loop.trace(seconds) if self._server is not None else self._stages.events(seconds)
+
     def drain(self) -> None:
         """Rank 0: takes nothing new and lets running requests finish."""
         if self._server is not None and self._loop is not None:
@@ -135,6 +144,7 @@ class TargetShard:
         follower = load_follower(
             self._config.engine_config(), tp=tp, channel=channel, with_head=self._config.num_draft_workers == 0
         )
+        follower.on_stage = self._stages.begin
         release_compute_threads()
 
         def run() -> None:
@@ -170,8 +180,9 @@ class TargetShard:
             raise ValueError("draft_head = None: dedicated draft workers need a head")
         self._listener = LinkListener(self._host, 0, secret, {"num_pages": num_pages, "page_size": page_size})
         fuser = load_fuser(head_dir, target, device=target.device)
+        # While the trees' cost is measured, a slow guess is no reason to go on without the worker.
         self._drafter = RemoteDrafter(
-            fuser, self._listener, page_size=page_size, device=target.device, deadline_s=config.draft_timeout_s
+            fuser, self._listener, page_size=page_size, device=target.device, deadline_s=_START_TIMEOUT_S
         )
         return self._drafter
 
@@ -187,6 +198,7 @@ class TargetShard:
             self._wait_for_workers(self._drafter)
             self._drafter.pages_in_use = self._frontend.engine.pages_with_draft_context
             self._frontend.warm_up()
+            self._drafter.deadline_s = self._config.draft_timeout_s
         self._phases["warm up"] = time.monotonic() - started
         server_config = ReplicaServerConfig(
             replica_id=self._replica_id,
@@ -248,11 +260,16 @@ class DraftWorkerProcess:
 
     def __init__(self, config: ClusterConfig, name: str):
         self._config, self._name = config, name
+        self._stages = StageRing(_NUM_TRACE_SLOTS)
         _use_threads(config)
 
     def process_id(self) -> int:
         """Of this worker."""
         return os.getpid()
+
+    def trace(self, seconds: float) -> list[dict[str, Any]]:
+        """See `TargetShard.trace`."""
+        return self._stages.events(seconds)
 
     def start(self, links: tuple[str, int], secret: bytes, num_pages: int) -> None:
         """Loads the head and offers itself to the target. Guesses until the target lets go, then ends the process, so
@@ -264,6 +281,8 @@ class DraftWorkerProcess:
             name=self._name,
             described={"num_pages": num_pages, "page_size": self._config.page_size},
         )
+        worker.warm_up()
+        worker.on_stage = self._stages.begin
         worker.connect(links, secret)
         release_compute_threads()
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
 import torch
 
+from jetflow_cluster.config import MAX_WIDTH
+from jetflow_cluster.engine.batch import chain_parents
 from jetflow_cluster.engine.draft_runner import ContextRows, DraftBlocks, HeadDrafter
 from jetflow_cluster.engine.tensor_parallel import Rows
 from jetflow_cluster.tree.build import CandidateTable
@@ -165,6 +168,8 @@ class DraftWorker:
     def __init__(self, drafter: HeadDrafter, *, page_size: int, name: str, described: dict[str, Any]):
         self._drafter, self._page_size, self._name, self._described = drafter, page_size, name, described
         self._connection: Connection | None = None
+        #: Told what begins, and an empty name when the target is waited for.
+        self.on_stage: Callable[[str], None] = lambda stage: None
 
     def connect(self, address: tuple[str, int], secret: bytes) -> None:
         """Offers itself to the target.
@@ -183,6 +188,26 @@ class DraftWorker:
             ours = {key: self._described.get(key) for key in wrong}
             raise ValueError(f"draft worker {self._name}: the target expects {wrong}, this worker has {ours}")
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Guesses once, into a page that nobody uses yet: the first pass is far slower than those that follow."""
+        drafter, config = self._drafter, self._drafter.head.config
+        num_slots = config.block_size
+        num_pages = -(-num_slots // self._page_size)
+        rows = Rows(
+            token_ids=[0] * num_slots,
+            positions=list(range(num_slots)),
+            slots=list(range(num_slots)),
+            query_lens=[num_slots],
+            context_lens=[0],
+            page_table=[list(range(num_pages))],
+            parents=list(chain_parents(num_slots)),
+            is_chain=[True],
+            bidirectional=not config.causal,
+        )
+        blocks = DraftBlocks(batch=rows.batch(self._page_size, drafter.kv.device), num_slots=num_slots)
+        drafter.tables(blocks, depth=num_slots - 1, width=MAX_WIDTH, anchor_ids=[0], sampling=[None])
+
     def run(self) -> None:
         """Serves until the target lets go of the link. A job that fails is answered with its error."""
         assert self._connection is not None
@@ -192,12 +217,17 @@ class DraftWorker:
                     job = pickle.loads(self._connection.recv_bytes())
                 except (EOFError, OSError):
                     return
+                self.on_stage("absorb" if job.guess is None else "guess")
                 try:
                     answer = self._do(job)
                 except Exception as error:
                     answer = RuntimeError(f"{type(error).__name__}: {error}")
+                self.on_stage("")
                 if answer is not None:
-                    self._connection.send_bytes(pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL))
+                    try:
+                        self._connection.send_bytes(pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL))
+                    except OSError:
+                        return
 
     def _do(self, job: DraftJob) -> Any:
         drafter = self._drafter

@@ -82,12 +82,9 @@ class Engine:
         return bool(self.requests or self._early)
 
     def add(self, request: Request) -> None:
-        """Queues a request. Prior output tokens are replayed; if they end it, the next step says so."""
+        """Queues a request; the next step tells of one that its prior output tokens ended."""
         if request.request_id in self.requests:
             raise ValueError(f"request_id = {request.request_id!r}: already in use")
-        prior = list(request.params.prior_output_token_ids)
-        if prior:
-            request.append(prior)
         if request.finish_reason is not None:
             self._early.append(self._delta(request, [], "", 0))
             return

@@ -78,7 +78,7 @@ class EngineFrontend:
         return self.engine.target.model.config.vocab_size
 
     def make_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Request:
-        """A checked request.
+        """A checked request. Prior output tokens are replayed; they may end it.
 
         Raises:
             InvalidRequestError: naming the field, the value and the limit.
@@ -89,7 +89,7 @@ class EngineFrontend:
         detokenizer = None
         if self.tokenizer is not None:
             detokenizer = IncrementalDetokenizer(self.tokenizer, token_ids, params.stop)
-        return Request(
+        request = Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
             params=params,
@@ -101,6 +101,13 @@ class EngineFrontend:
             eos_token_ids=self._loaded.eos_token_ids,
             max_len=self.max_model_len,
         )
+        prior = list(params.prior_output_token_ids)
+        if prior:
+            num_kept = len(request.append(prior).token_ids)
+            if num_kept < len(prior):
+                limit = f"must not go on behind token {num_kept - 1}, which ends the output"
+                raise InvalidRequestError("prior_output_token_ids", f"{len(prior)} tokens", limit)
+        return request
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
@@ -138,13 +145,13 @@ class EngineFrontend:
     def _check(self, token_ids: list[int], params: SamplingParams) -> None:
         if not token_ids:
             raise InvalidRequestError("prompt", token_ids, "must have at least one token")
+        if len(token_ids) >= self.max_model_len:
+            limit = f"must be at most {self.max_model_len - 1} (max_model_len - 1)"
+            raise InvalidRequestError("prompt", f"{len(token_ids)} tokens", limit)
         num_known = len(token_ids) + len(params.prior_output_token_ids)
-        if num_known >= self.max_model_len:
-            raise InvalidRequestError(
-                "prompt",
-                f"{num_known} tokens",
-                f"with prior output at most {self.max_model_len - 1} (max_model_len - 1)",
-            )
+        if num_known > self.max_model_len:
+            limit = f"must be at most {self.max_model_len} (max_model_len) with prior output"
+            raise InvalidRequestError("prompt", f"{num_known} tokens", limit)
         longest = min(len(token_ids) + params.max_tokens, self.max_model_len)
         pool = self.engine.pool
         if -(-longest // self.config.page_size) > pool.num_pages:

@@ -52,9 +52,10 @@ class RemoteDrafter:
         self.max_depth = config.block_size - 1
         self.num_scratch_rows = config.block_size
         self.epoch = 0
+        self.deadline_s = deadline_s
         self.pages_in_use = pages_in_use or (lambda: ())
         self._fuser, self._listener, self._config = fuser, listener, config
-        self._page_size, self._device, self._deadline_s = page_size, device, deadline_s
+        self._page_size, self._device = page_size, device
         self._links: list[WorkerLink] = []
 
     @property
@@ -88,7 +89,7 @@ class RemoteDrafter:
         parts = [chosen[i :: len(self._links)] for i in range(len(self._links))]
         asked = [(link, part) for link, part in zip(self._links, parts, strict=True) if part]
         part_of = {id(link): part for link, part in asked}
-        deadline = time.monotonic() + self._deadline_s
+        deadline = time.monotonic() + self.deadline_s
 
         def ask(link: WorkerLink) -> None:
             link.send(DraftJob(guess=self._guess([plan.items[i] for i in part_of[id(link)]])))
@@ -155,7 +156,7 @@ class RemoteDrafter:
             link = self._links[0]
             try:
                 link.send(DraftJob(wanted_pages=pages))
-                context: torch.Tensor = link.receive(time.monotonic() + self._deadline_s)
+                context: torch.Tensor = link.receive(time.monotonic() + self.deadline_s)
                 return pages, context
             except LinkBrokenError as error:
                 self._give_up(link, error)

@@ -6,7 +6,7 @@ other rank, in `Follower.run`, enters the same collectives with its own part of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -164,6 +164,8 @@ class Follower:
     def __init__(self, target: TargetRunner, drafter: HeadDrafter | None, channel: FollowerChannel, tp: TpGroup):
         self._target, self._drafter, self._channel, self._tp = target, drafter, channel, tp
         self._device = target.device
+        #: Told what begins, and an empty name when the leader is waited for.
+        self.on_stage: Callable[[str], None] = lambda stage: None
 
     def run(self) -> None:
         """Until the leader closes the channel.
@@ -174,7 +176,9 @@ class Follower:
         with torch.inference_mode():
             while (commands := self._channel.receive()) is not None:
                 for command in commands:
+                    self.on_stage(type(command).__name__.lower())
                     self._obey(command)
+                self.on_stage("")
 
     def _obey(self, command: Verify | Commit | Absorb | Draft) -> None:
         match command:

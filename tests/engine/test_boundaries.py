@@ -68,9 +68,20 @@ def test_stop_inside_the_accepted_path(llm: LLM) -> None:
         ([1] * 256, {}, "prompt"),
         ([1], {"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias"),
         ([1], {"stop_token_ids": [10**6]}, "stop_token_ids"),
-        ([1] * 250, {"prior_output_token_ids": [1] * 6}, "prompt"),
+        ([1] * 250, {"prior_output_token_ids": [1] * 7}, "prompt"),
+        ([1], {"prior_output_token_ids": [1, 5, 1], "stop_token_ids": [5]}, "prior_output_token_ids"),
     ],
-    ids=["no-ids", "no-text", "id-too-large", "id-negative", "too-long", "bias-id", "stop-id", "too-long-with-prior"],
+    ids=[
+        "no-ids",
+        "no-text",
+        "id-too-large",
+        "id-negative",
+        "too-long",
+        "bias-id",
+        "stop-id",
+        "too-long-with-prior",
+        "prior-behind-stop",
+    ],
 )
 def test_refusals_name_field_value_limit(llm: LLM, prompt: object, params: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:

@@ -28,7 +28,7 @@ def test_resume_at_every_offset(fp64_target: str, fp64_head: str, temperature: f
     )
     (whole,) = llm.generate(PROMPT, params)
     assert whole.logprobs is not None
-    for offset in range(1, len(whole.token_ids)):
+    for offset in range(1, len(whole.token_ids) + 1):
         prior = whole.token_ids[:offset]
         resumed = dataclasses.replace(params, prior_output_token_ids=prior)
         deltas = list(llm.stream(PROMPT, resumed))
@@ -44,3 +44,13 @@ def test_resume_at_every_offset(fp64_target: str, fp64_head: str, temperature: f
         for ours, theirs in zip(output.logprobs, whole.logprobs[offset:], strict=True):
             assert ours.token_id == theirs.token_id
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-9)
+
+
+def test_resume_at_the_context_limit_is_at_its_end(fp64_target: str) -> None:
+    llm = LLM(fp64_target, dtype="float64", num_pages=64, max_model_len=40)
+    params = SamplingParams(max_tokens=100, ignore_eos=True, temperature=0.0)
+    (whole,) = llm.generate(PROMPT, params)
+    (again,) = llm.generate(PROMPT, dataclasses.replace(params, prior_output_token_ids=whole.token_ids))
+    assert len(whole.prompt_token_ids) + len(whole.token_ids) == 40
+    assert (again.token_ids, again.text, again.finish_reason) == (whole.token_ids, whole.text, whole.finish_reason)
+    assert again.usage.completion_tokens == whole.usage.completion_tokens

@@ -189,9 +189,9 @@ def offending(request: pb.GenerateRequest) -> list[str]:
         pytest.param({"logprobs": 65}, "logprobs", id="logprobs"),
         pytest.param({"prompt_logprobs": 65}, "prompt_logprobs", id="prompt-logprobs"),
         pytest.param({"prior_output_token_ids": [2**31]}, "prior_output_token_ids", id="prior-token"),
-        pytest.param({"prior_output_token_ids": [1] * 16}, "prior_output_token_ids", id="prior-fills-default"),
+        pytest.param({"prior_output_token_ids": [1] * 17}, "prior_output_token_ids", id="prior-above-default"),
         pytest.param(
-            {"prior_output_token_ids": [1] * 3, "max_tokens": 3}, "prior_output_token_ids", id="prior-fills-max"
+            {"prior_output_token_ids": [1] * 4, "max_tokens": 3}, "prior_output_token_ids", id="prior-above-max"
         ),
         pytest.param(
             {"prior_output_token_ids": [1] * (limits.MAX_TOKEN_IDS + 1)}, "prior_output_token_ids", id="prior-many"

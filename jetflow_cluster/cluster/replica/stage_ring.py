@@ -31,7 +31,7 @@ class StageRing:
         self._step = step
 
     def begin(self, stage: str) -> None:
-        """A stage begins, and the one before it ends."""
+        """A stage begins, and the one before it ends; an empty name is a pause."""
         now = time.perf_counter_ns()
         self._close(now)
         self._stage, self._since_ns = stage, now

@@ -278,7 +278,7 @@ def _submit(**changes: Any) -> rpb.Submit:
         pytest.param(_submit(sampling__stop=[""]), "sampling.stop", id="empty-stop"),
         pytest.param(_submit(sampling__stop_token_ids=[288]), "sampling.stop_token_ids", id="unknown-stop-token"),
         pytest.param(
-            _submit(sampling__prior_output_token_ids=[1] * 20), "sampling.prior_output_token_ids", id="prior-fills"
+            _submit(sampling__prior_output_token_ids=[1] * 21), "sampling.prior_output_token_ids", id="prior-above-max"
         ),
         pytest.param(_submit(sampling__speculation__mode=77), "sampling.speculation.mode", id="unknown-mode"),
         pytest.param(

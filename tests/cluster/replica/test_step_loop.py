@@ -17,6 +17,7 @@ from jetflow_cluster.cluster.replica.step_loop import StepLoop
 from jetflow_cluster.cluster.replica.ticket import LoopReport, LoopState, NotServingError, Ticket
 from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.engine.protocols import EngineLostError
+from jetflow_cluster.engine.request import Request
 from jetflow_cluster.types import FinishReason
 
 WAIT_S = 120.0
@@ -170,10 +171,19 @@ def test_a_failed_step_ends_its_requests_and_no_others(frontend: EngineFrontend)
     assert run.reports.reason(after) in (FinishReason.LENGTH, FinishReason.STOP)
 
 
-def test_a_request_that_cannot_be_queued_ends_alone(frontend: EngineFrontend, caplog: Any) -> None:
+def test_a_request_that_cannot_be_queued_ends_alone(
+    frontend: EngineFrontend, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = frontend.engine.add
+
+    def add_good(request: Request) -> None:
+        if request.request_id == "bad":
+            raise RuntimeError("no room in the queue")
+        add(request)
+
+    monkeypatch.setattr(frontend.engine, "add", add_good)
     with running(frontend) as run:
-        request = frontend.make_request("bad", [1, 2], _params(prior_output_token_ids=[3]))
-        request.detokenizer = object()  # type: ignore[assignment]
+        request = frontend.make_request("bad", [1, 2], _params())
         bad = run.loop.submit(request, owner="a")
         good = run.submit([1, 2], _params())
         run.reports.wait_for_end(bad, good)
