@@ -72,8 +72,17 @@ def deploy(config: ClusterConfig) -> str:
 
 def overview() -> dict[str, Any]:
     """All replicas and routers that run; see `Directory.overview`."""
-    found: dict[str, Any] = serve.get_app_handle(APP_NAME).overview.remote().result()
+    found: dict[str, Any] = serve.get_app_handle(_app_name()).overview.remote().result()
     return found
+
+
+def _app_name() -> str:
+    """Of the application that runs, whoever deployed it."""
+    applications = serve.status().applications
+    found = [name for name, app in applications.items() if "EngineReplica" in app.deployments]
+    if not found:
+        raise RuntimeError(f"nothing of this kind is served here; applications: {', '.join(applications) or 'none'}")
+    return found[0]
 
 
 def trace(seconds: float) -> dict[str, Any]:
@@ -82,7 +91,7 @@ def trace(seconds: float) -> dict[str, Any]:
     Raises:
         RuntimeError: a replica does not answer.
     """
-    handle = serve.get_deployment_handle("EngineReplica", APP_NAME)
+    handle = serve.get_deployment_handle("EngineReplica", _app_name())
     wanted = set(overview()["replicas"])
     found: dict[str, list[dict[str, Any]]] = {}
     # Serve chooses who answers; calls at the same time spread.
