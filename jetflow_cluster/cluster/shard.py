@@ -27,7 +27,7 @@ from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.engine.loading import checkpoints, load_draft_worker, load_follower
 from jetflow_cluster.engine.remote_drafter import RemoteDrafter
 from jetflow_cluster.layers.compute_threads import release_compute_threads
-from jetflow_cluster.models.loader import load_fuser
+from jetflow_cluster.models.loader import head_fingerprint, load_fuser
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
@@ -178,7 +178,7 @@ class TargetShard:
         _, head_dir = checkpoints(config.engine_config())
         if head_dir is None:
             raise ValueError("draft_head = None: dedicated draft workers need a head")
-        self._listener = LinkListener(self._host, 0, secret, {"num_pages": num_pages, "page_size": page_size})
+        self._listener = LinkListener(self._host, 0, secret, _described(config, num_pages))
         fuser = load_fuser(head_dir, target, device=target.device)
         # While the trees' cost is measured, a slow guess is no reason to go on without the worker.
         self._drafter = RemoteDrafter(
@@ -279,7 +279,7 @@ class DraftWorkerProcess:
             drafter,
             page_size=self._config.page_size,
             name=self._name,
-            described={"num_pages": num_pages, "page_size": self._config.page_size},
+            described=_described(self._config, num_pages),
         )
         worker.warm_up()
         worker.on_stage = self._stages.begin
@@ -291,6 +291,13 @@ class DraftWorkerProcess:
             die(f"draft worker {self._name}: the target let go")
 
         threading.Thread(target=run, name="draft-worker", daemon=True).start()
+
+
+def _described(config: ClusterConfig, num_pages: int) -> dict[str, Any]:
+    """What a target and its draft workers must agree on."""
+    _, head_dir = checkpoints(config.engine_config())
+    head = None if head_dir is None else head_fingerprint(head_dir)
+    return {"num_pages": num_pages, "page_size": config.page_size, "head": head}
 
 
 def die(why: str) -> NoReturn:

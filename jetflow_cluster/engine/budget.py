@@ -27,14 +27,18 @@ class BudgetTable:
     def from_costs(cls, step_s: Mapping[int, Mapping[int, float]], acceptance: Mapping[int, float]) -> BudgetTable:
         """The best n for each r that was measured; no speculation where nothing was.
 
+        Noise only ever adds to a measured time, and a smaller tree costs no more than a larger one. So what a larger one
+        took is a limit for it too, and a machine that was busy for a moment does not turn speculation on.
+
         Args:
             step_s: ``step_s[r][n]``, seconds of a whole step over r trees of n nodes; n = 1 must be there.
             acceptance: mean tokens per step and request with n nodes.
         """
         table: dict[int, int] = {}
         for running, by_nodes in step_s.items():
-            plain = 1.0 / by_nodes[1]
-            rates = {n: acceptance[n] / seconds for n, seconds in by_nodes.items() if n > 1 and n in acceptance}
+            least = {n: min(s for m, s in by_nodes.items() if m >= n) for n in by_nodes}
+            plain = 1.0 / least[1]
+            rates = {n: acceptance[n] / least[n] for n in by_nodes if n > 1 and n in acceptance}
             best = max(rates, key=lambda n: rates[n], default=1)
             table[running] = best if best > 1 and rates[best] > MIN_GAIN * plain else 1
         return cls(table or {1: 1})

@@ -140,7 +140,7 @@ def load_sidecar(folder: Path, target: TargetEnds, *, device: torch.device) -> S
         shape = (target.config.vocab_size, config.rank)
         check_names({"parent.weight": shape, "child.weight": shape}, stored.shapes, folder / WEIGHTS_NAME)
         parent, child = (stored[f"{name}.weight"].to(device, torch.float32) for name in ("parent", "child"))
-    found = {"target_fingerprint": _target_fingerprint(target), "head_fingerprint": _fingerprint_of_files(folder)}
+    found = {"target_fingerprint": _target_fingerprint(target), "head_fingerprint": head_fingerprint(folder)}
     for name, expected in found.items():
         if getattr(config, name) != expected:
             what = name.removesuffix("_fingerprint")
@@ -157,7 +157,8 @@ def _target_fingerprint(target: TargetEnds) -> str:
         return fingerprint({"embedding": stored[name]})
 
 
-def _fingerprint_of_files(folder: Path) -> str:
+def head_fingerprint(folder: Path) -> str:
+    """Of a draft head's stored weights; see `fingerprint`."""
     with StoredTensors.of_checkpoint(folder) as stored:
         return fingerprint(stored)
 

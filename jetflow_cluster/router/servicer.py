@@ -22,6 +22,8 @@ from jetflow_cluster.rpc.v1 import inference_pb2_grpc
 from jetflow_cluster.types import InvalidRequestError
 
 _SEED_BITS = 63
+#: A request of more bytes is checked in a thread.
+_LARGE_BYTES = 65_536
 
 
 class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
@@ -128,7 +130,9 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
         arrived = time.monotonic()
         if self.is_draining:
             raise StatusError.unavailable("this server takes no new requests", retry_after_s=0.1)
-        params = check_request(request)
+        # Streams go on while a large request is looked at.
+        is_large = request.ByteSize() > _LARGE_BYTES
+        params = await asyncio.to_thread(check_request, request) if is_large else check_request(request)
         self._dispatcher.replicas.check_model(request.model)
         deadline = _deadline(request, context, arrived)
         async with _until(deadline):

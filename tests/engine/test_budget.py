@@ -19,12 +19,20 @@ ACCEPTANCE = {1: 1.0, 8: 2.5, 16: 3.0, 32: 3.5}
         ({1: 1.0, 8: 1.1, 16: 1.2, 32: 1.3}, 32),
         ({1: 1.0, 8: 2.45, 16: 3.5, 32: 7.0}, 1),
         ({1: 1.0, 8: 2.0, 16: 4.0, 32: 8.0}, 8),
+        # The machine was busy while trees of one node were measured.
+        ({1: 9.0, 8: 3.0, 16: 3.5, 32: 7.0}, 16),
+        ({1: 9.0, 8: 9.0, 16: 9.0, 32: 3.6}, 32),
         ({1: 1.0}, 1),
     ],
-    ids=["middle", "largest", "gain-within-noise", "small", "nothing-measured"],
+    ids=["middle", "largest", "gain-within-noise", "small", "noise", "noise-but-one", "nothing-measured"],
 )
 def test_the_best_rate_wins(step_s: dict[int, float], expected: int) -> None:
     assert BudgetTable.from_costs({4: step_s}, ACCEPTANCE).nodes_by_running == {4: expected}
+
+
+def test_noise_does_not_turn_speculation_on() -> None:
+    worthless = {n: 1.02 for n in (1, 8, 16)}
+    assert BudgetTable.from_costs({1: {1: 9.0, 8: 1.2, 16: 1.5}}, worthless).nodes_by_running == {1: 1}
 
 
 @pytest.mark.parametrize(
