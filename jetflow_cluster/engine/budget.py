@@ -27,8 +27,8 @@ class BudgetTable:
     def from_costs(cls, step_s: Mapping[int, Mapping[int, float]], acceptance: Mapping[int, float]) -> BudgetTable:
         """The best n for each r that was measured; no speculation where nothing was.
 
-        Noise only ever adds to a measured time, and a smaller tree costs no more than a larger one. So what a larger one
-        took is a limit for it too, and a machine that was busy for a moment does not turn speculation on.
+        Noise only ever adds to a measured time, and a smaller tree costs no more than a larger one. So what a larger
+        one took is a limit for it too, and a machine that was busy for a moment does not turn speculation on.
 
         Args:
             step_s: ``step_s[r][n]``, seconds of a whole step over r trees of n nodes; n = 1 must be there.

@@ -31,7 +31,7 @@ def test_the_best_rate_wins(step_s: dict[int, float], expected: int) -> None:
 
 
 def test_noise_does_not_turn_speculation_on() -> None:
-    worthless = {n: 1.02 for n in (1, 8, 16)}
+    worthless = dict.fromkeys((1, 8, 16), 1.02)
     assert BudgetTable.from_costs({1: {1: 9.0, 8: 1.2, 16: 1.5}}, worthless).nodes_by_running == {1: 1}
 
 
