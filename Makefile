@@ -17,7 +17,7 @@ GPU   := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve test lint format protos lossless bench train clean
+.PHONY: help install demo serve test lint format protos lossless cluster bench train clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ protos: $(STAMP) ## Generate the code of the API from protos/ into jetflow_clust
 
 lossless: $(STAMP) ## The whole proof that speculation changes no token (up to an hour)
 	$(RUN)/python -m pytest -q -rP -m "not slow" tests/lossless tests/distribution
+
+cluster: $(STAMP) ## The slow tests: served shapes, lost processes, cancels, fuzzed requests (a quarter of an hour)
+	$(RUN)/python -m pytest -q -m slow tests/cluster tests/router
 
 bench: $(STAMP) ## Measure against transformers on this machine; figures in out/bench
 	$(RUN)/jetflow bench offline --output $(OUT)/bench

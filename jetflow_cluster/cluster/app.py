@@ -70,6 +70,7 @@ class Router:
     """A router with its own gRPC server, on the node's address and the configured port."""
 
     def __init__(self, config: ClusterConfig, directory: DeploymentHandle, engine: DeploymentHandle):
+        # Nothing is asked of `engine`; Serve deploys what the ingress refers to.
         self._directory = directory
         self._id = _own_id()
         target, _ = checkpoints(config.engine_config())
