@@ -27,7 +27,7 @@ from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.engine.loading import checkpoints, load_draft_worker, load_follower
 from jetflow_cluster.engine.remote_drafter import RemoteDrafter
 from jetflow_cluster.layers.compute_threads import release_compute_threads
-from jetflow_cluster.models.loader import head_fingerprint, load_fuser
+from jetflow_cluster.models.loader import load_fuser
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
@@ -281,7 +281,6 @@ class DraftWorkerProcess:
             name=self._name,
             described=_described(self._config, num_pages),
         )
-        worker.warm_up()
         worker.on_stage = self._stages.begin
         worker.connect(links, secret)
         release_compute_threads()
@@ -295,9 +294,7 @@ class DraftWorkerProcess:
 
 def _described(config: ClusterConfig, num_pages: int) -> dict[str, Any]:
     """What a target and its draft workers must agree on."""
-    _, head_dir = checkpoints(config.engine_config())
-    head = None if head_dir is None else head_fingerprint(head_dir)
-    return {"num_pages": num_pages, "page_size": config.page_size, "head": head}
+    return {"num_pages": num_pages, "page_size": config.page_size}
 
 
 def die(why: str) -> NoReturn:

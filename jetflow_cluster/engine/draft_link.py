@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-from jetflow_cluster.config import MAX_WIDTH
-from jetflow_cluster.engine.batch import chain_parents
 from jetflow_cluster.engine.draft_runner import ContextRows, DraftBlocks, HeadDrafter
 from jetflow_cluster.engine.tensor_parallel import Rows
 from jetflow_cluster.tree.build import CandidateTable
@@ -187,26 +185,6 @@ class DraftWorker:
         if wrong:
             ours = {key: self._described.get(key) for key in wrong}
             raise ValueError(f"draft worker {self._name}: the target expects {wrong}, this worker has {ours}")
-
-    @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Guesses once, into a page that nobody uses yet: the first pass is far slower than those that follow."""
-        drafter, config = self._drafter, self._drafter.head.config
-        num_slots = config.block_size
-        num_pages = -(-num_slots // self._page_size)
-        rows = Rows(
-            token_ids=[0] * num_slots,
-            positions=list(range(num_slots)),
-            slots=list(range(num_slots)),
-            query_lens=[num_slots],
-            context_lens=[0],
-            page_table=[list(range(num_pages))],
-            parents=list(chain_parents(num_slots)),
-            is_chain=[True],
-            bidirectional=not config.causal,
-        )
-        blocks = DraftBlocks(batch=rows.batch(self._page_size, drafter.kv.device), num_slots=num_slots)
-        drafter.tables(blocks, depth=num_slots - 1, width=MAX_WIDTH, anchor_ids=[0], sampling=[None])
 
     def run(self) -> None:
         """Serves until the target lets go of the link. A job that fails is answered with its error."""
