@@ -24,10 +24,9 @@ from jetflow_cluster.cluster.replica.server import ReplicaServer
 from jetflow_cluster.cluster.replica.stage_ring import StageRing
 from jetflow_cluster.engine.draft_link import DraftWorker, LinkListener
 from jetflow_cluster.engine.frontend import EngineFrontend
-from jetflow_cluster.engine.loading import checkpoints, load_draft_worker, load_follower
+from jetflow_cluster.engine.loading import load_draft_fuser, load_draft_worker, load_follower
 from jetflow_cluster.engine.remote_drafter import RemoteDrafter
 from jetflow_cluster.layers.compute_threads import release_compute_threads
-from jetflow_cluster.models.loader import load_fuser
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
@@ -175,11 +174,8 @@ class TargetShard:
 
     def _make_drafter(self, secret: bytes, target: TargetModel, num_pages: int, page_size: int) -> RemoteDrafter:
         config = self._config
-        _, head_dir = checkpoints(config.engine_config())
-        if head_dir is None:
-            raise ValueError("draft_head = None: dedicated draft workers need a head")
-        self._listener = LinkListener(self._host, 0, secret, _described(config, num_pages))
-        fuser = load_fuser(head_dir, target, device=target.device)
+        self._listener = LinkListener(self._host, 0, secret, {"num_pages": num_pages, "page_size": page_size})
+        fuser = load_draft_fuser(config.engine_config(), target)
         # While the trees' cost is measured, a slow guess is no reason to go on without the worker.
         self._drafter = RemoteDrafter(
             fuser, self._listener, page_size=page_size, device=target.device, deadline_s=_START_TIMEOUT_S
@@ -279,7 +275,7 @@ class DraftWorkerProcess:
             drafter,
             page_size=self._config.page_size,
             name=self._name,
-            described=_described(self._config, num_pages),
+            described={"num_pages": num_pages, "page_size": self._config.page_size},
         )
         worker.on_stage = self._stages.begin
         worker.connect(links, secret)
@@ -290,11 +286,6 @@ class DraftWorkerProcess:
             die(f"draft worker {self._name}: the target let go")
 
         threading.Thread(target=run, name="draft-worker", daemon=True).start()
-
-
-def _described(config: ClusterConfig, num_pages: int) -> dict[str, Any]:
-    """What a target and its draft workers must agree on."""
-    return {"num_pages": num_pages, "page_size": config.page_size}
 
 
 def die(why: str) -> NoReturn:

@@ -19,9 +19,10 @@ from jetflow_cluster.engine.protocols import BudgetPolicy, Drafter, FixedBudget,
 from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.engine.tensor_parallel import Follower, LeadingDrafter, LeadingTarget
-from jetflow_cluster.models.draft_head import DraftHead
+from jetflow_cluster.models.draft_head import DraftFuser, DraftHead
 from jetflow_cluster.models.loader import (
     load_draft_head,
+    load_fuser,
     load_sidecar,
     load_target,
     load_target_ends,
@@ -146,6 +147,20 @@ def load_draft_worker(config: EngineConfig, *, num_pages: int) -> HeadDrafter:
     )
     sidecar = load_sidecar(head_dir, ends, device=device)
     return HeadDrafter(head, sidecar, ends, num_pages=num_pages, page_size=config.page_size)
+
+
+def load_draft_fuser(config: EngineConfig, target: TargetModel) -> DraftFuser:
+    """The part of the draft head that stays beside the target when dedicated workers have the rest, in their dtype.
+
+    Raises:
+        ValueError: there is no draft head, or it does not fit the target.
+        FileNotFoundError: the checkpoint is not there.
+    """
+    _, head_dir = checkpoints(config)
+    if head_dir is None:
+        raise ValueError("draft_head = None: dedicated draft workers need a head")
+    dtype = _draft_dtype(config.draft_dtype, target)
+    return load_fuser(head_dir, target, dtype=dtype, device=target.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,10 @@ def test_tokens_over_grpc_equal_the_local_engines(
     assert [o.token_ids for o in found] == [o.token_ids for o in expected]
     assert [o.finish_reason for o in found] == [o.finish_reason for o in expected]
     assert [o.text for o in found] == [o.text for o in expected]
+    # Requests that force trees get them here as there: a draft worker that fails is no silent end of speculation.
+    forced = [p.speculation.mode == "force" for _, p in wanted]
+    is_drafted = [o.speculation.num_draft_nodes > 0 for o in found]
+    assert all(drafted for drafted, is_forced in zip(is_drafted, forced, strict=True) if is_forced)
     (replica,) = handle.overview.remote().result()["replicas"].values()
     # The replica itself is a process too.
     assert len(set(replica["pids"].values())) == 1 + tensor_parallel_size + num_draft_workers

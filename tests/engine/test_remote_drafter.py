@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
 import socket
@@ -16,9 +17,8 @@ import pytest
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.draft_link import DraftWorker, LinkListener
-from jetflow_cluster.engine.loading import load_draft_worker
+from jetflow_cluster.engine.loading import load_draft_fuser, load_draft_worker
 from jetflow_cluster.engine.remote_drafter import RemoteDrafter
-from jetflow_cluster.models.loader import load_fuser
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.types import RequestOutput
 from support.small_models import write_head, write_target
@@ -50,7 +50,7 @@ class Setup:
     def llm(self) -> LLM:
         def make(target: TargetModel, num_pages: int, page_size: int) -> RemoteDrafter:
             assert num_pages == PAGES
-            fuser = load_fuser(Path(self.config.draft_head or ""), target, device=target.device)
+            fuser = load_draft_fuser(self.config, target)
             self.drafters.append(
                 RemoteDrafter(
                     fuser, self.listener, page_size=page_size, device=target.device, deadline_s=self.deadline_s
@@ -58,7 +58,9 @@ class Setup:
             )
             return self.drafters[-1]
 
-        return LLM(self.config.model, None, dtype="float64", num_pages=PAGES, tree_nodes={1: 16}, drafter_factory=make)
+        return LLM(
+            self.config.model, None, dtype=self.config.dtype, num_pages=PAGES, tree_nodes={1: 16}, drafter_factory=make
+        )
 
     def start_worker(self, name: str) -> DraftWorker:
         drafter = load_draft_worker(self.config, num_pages=PAGES)
@@ -82,7 +84,15 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
 
 
 def local(setup: Setup) -> list[RequestOutput]:
-    llm = LLM(setup.config.model, setup.config.draft_head, dtype="float64", num_pages=PAGES, tree_nodes={1: 16})
+    config = setup.config
+    llm = LLM(
+        config.model,
+        config.draft_head,
+        dtype=config.dtype,
+        draft_dtype=config.draft_dtype,
+        num_pages=PAGES,
+        tree_nodes={1: 16},
+    )
     return llm.generate(PROMPTS, PARAMS)
 
 
@@ -103,8 +113,13 @@ def wait_for(setup: Setup, num: int) -> None:
     raise AssertionError(f"{setup.drafters[-1].num_workers} workers, not {num}")
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers_guess_as_a_local_head_does(setup: Setup, num_workers: int) -> None:
+@pytest.mark.parametrize(
+    ("num_workers", "dtype", "draft_dtype"),
+    # With the draft dtype "auto" a head beside a fp32 target is bf16 where the CPU has that.
+    [(1, "float64", "auto"), (2, "float64", "auto"), (2, "float32", "auto"), (1, "float32", "bfloat16")],
+)
+def test_workers_guess_as_a_local_head_does(setup: Setup, num_workers: int, dtype: str, draft_dtype: str) -> None:
+    setup.config = dataclasses.replace(setup.config, dtype=dtype, draft_dtype=draft_dtype)
     expected = local(setup)
     llm = setup.llm()
     for i in range(num_workers):
