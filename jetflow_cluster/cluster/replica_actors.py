@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 _PLACEMENT_TIMEOUT_S = 300.0
 #: Seconds between looks at the actors, and between signs of life that are asked of each.
 _LOOK_S, _PULSE_S = 0.1, 0.5
+#: Seconds for an actor that has just started to answer.
+_JOIN_TIMEOUT_S = 5.0
 #: Pause before a lost draft worker is made anew, in seconds; doubled with each start that fails.
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.1, 30.0
 
@@ -83,8 +85,9 @@ class ReplicaActors:
         self._group: PlacementGroup | None = None
         self._shards: list[_Member] = []
         self._workers: dict[int, _Member] = {}
-        #: Draft workers that load, and how often in a row one could not.
+        #: Draft workers that load, when those that could not are tried again, and how often in a row one could not.
         self._loading: dict[int, tuple[Any, Any]] = {}
+        self._retry_at: dict[int, float] = {}
         self._num_failures = 0
         self._loaded: Loaded | None = None
         self._closed = threading.Event()
@@ -178,6 +181,9 @@ class ReplicaActors:
             for index, (worker, begun) in list(self._loading.items()):
                 if ray.wait([begun], timeout=0)[0]:
                     self._note_begun(index, worker, begun)
+            for index in [i for i, moment in self._retry_at.items() if moment <= time.monotonic()]:
+                del self._retry_at[index]
+                self._load_worker(index)
 
     def _why_lost(self, member: _Member) -> str | None:
         """None while the member lives; a stopped process counts as dead."""
@@ -205,10 +211,11 @@ class ReplicaActors:
             pause_s = min(_MIN_PAUSE_S * 2.0**self._num_failures, _MAX_PAUSE_S)
             what = f"{self._replica_id}: draft worker {index} could not start; again in {pause_s:.1f} s"
             _log.warning("%s: %s", what, str(error).splitlines()[-1])
+        self._loading.pop(index, None)
+        self._retry_at[index] = time.monotonic() + pause_s
         ray.kill(worker)
-        if not self._closed.wait(pause_s):
-            self._load_worker(index)
 
 
 def _join(name: str, actor: Any) -> _Member:
-    return _Member(name=name, actor=actor, life=actor.live.remote(), pid=ray.get(actor.process_id.remote()))
+    pid = ray.get(actor.process_id.remote(), timeout=_JOIN_TIMEOUT_S)
+    return _Member(name=name, actor=actor, life=actor.live.remote(), pid=pid)

@@ -80,7 +80,7 @@ class Delivery:
         num_room = self._max_tokens
         if max_model_len:
             num_room = min(num_room, max_model_len - len(self.prompt_token_ids))
-        # All tokens came, but not how they ended: prior output must leave one to compute, so that is repeated.
+        # All tokens came, but not how they ended: the last one is asked for again, and the end comes with it.
         self._repeats = self.num_delivered > 0 and len(known) >= num_room
         self._num_repeated = int(self._repeats)
         self.num_resumes += self.has_begun

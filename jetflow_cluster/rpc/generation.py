@@ -117,7 +117,7 @@ class Generation:
             message.sampling.seed = self.started.seed
         known = self._token_ids
         if len(known) >= message.sampling.max_tokens and len(known) > len(self._prior):
-            # All tokens came, but not how they ended: prior output must leave one to generate, so that is repeated.
+            # All tokens came, but not how they ended: the last one is asked for again, and the end comes with it.
             self._num_repeated = 1
         del message.sampling.prior_output_token_ids[:]
         message.sampling.prior_output_token_ids.extend(known[: len(known) - self._num_repeated])

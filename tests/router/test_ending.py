@@ -120,7 +120,8 @@ def test_the_earlier_deadline_ends_a_request(state: str, kind: str) -> None:
                 ahead.cancel()
                 assert len(made.replicas[0].submits) == 1
             else:
-                assert 0 < made.replicas[0].submits[0].timeout_ms <= 410
+                # gRPC rounds a deadline up.
+                assert 0 < made.replicas[0].submits[0].timeout_ms <= 401
             await until(lambda: not made.running)
 
     run(test)
