@@ -42,6 +42,8 @@ class EngineConfig:
     max_model_len: int | None = None
     #: Reuse KV pages of equal prompt prefixes.
     enable_prefix_cache: bool = True
+    #: Mix what a greedy request's own text suggests into its trees.
+    context_lookup: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

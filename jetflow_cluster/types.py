@@ -51,7 +51,7 @@ class SpeculationOptions:
     mode: SpeculationMode | str = SpeculationMode.AUTO
     #: Most nodes of one tree, root included; None is the engine's choice.
     max_tree_nodes: int | None = None
-    #: Most tokens guessed along one path; None is all that the head can.
+    #: Most tokens guessed along one path; None is no limit.
     max_depth: int | None = None
 
     def __post_init__(self) -> None:

@@ -103,7 +103,7 @@ class HeadDrafter:
             return found
         items = [plan.items[i] for i in chosen]
         self.absorb([item.request for item in items])
-        depth = max(item.max_depth for item in items)
+        depth = min(self.max_depth, max(item.max_depth for item in items))
         made = self.tables(
             self.blocks([item.request for item in items], depth),
             depth=depth,
@@ -131,7 +131,6 @@ class HeadDrafter:
             anchor_ids=anchor_ids,
             sampling=sampling,
             sidecar=self.sidecar.correction if self.sidecar is not None else None,
-            scales=self.sidecar.config.scales or None if self.sidecar is not None else None,
         )
 
     def blocks(self, requests: Sequence[Request], depth: int) -> DraftBlocks:

@@ -12,6 +12,7 @@ from jetflow_cluster.cache.page_pool import PagePool
 from jetflow_cluster.cache.prefix_cache import PrefixCache
 from jetflow_cluster.engine.batch import StepBatch, build_batch, wants_prompt_logprobs
 from jetflow_cluster.engine.choice import TargetChoice
+from jetflow_cluster.engine.lookup import ContextLookup
 from jetflow_cluster.engine.protocols import Drafter, ScheduledRequest, StepPlan, StepRecord, TreeBuilder, TreeRecord
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.scheduler import Scheduler
@@ -54,12 +55,14 @@ class Engine:
         scheduler: Scheduler,
         *,
         prefix_cache: PrefixCache | None,
+        lookup: ContextLookup | None = None,
         tree_builder: TreeBuilder = build_planned_trees,
     ):
         self.target = target
         self.drafter = drafter
         self.scheduler = scheduler
         self.prefix_cache = prefix_cache
+        self.lookup = lookup
         self.tree_builder = tree_builder
         #: Called behind each step, for tracing.
         self.on_step: Callable[[StepRecord], None] | None = None
@@ -159,7 +162,8 @@ class Engine:
     def _draft(self, plan: StepPlan) -> Sequence[CandidateTable | None]:
         if self.drafter is None or not plan.speculates:
             return [None] * len(plan.items)
-        tables = self.drafter.draft(plan)
+        drafter, lookup = self.drafter, self.lookup
+        tables = drafter.draft(plan) if lookup is None else lookup.draft(plan, drafter)
         self._note_lost_context()
         return tables
 

@@ -15,6 +15,7 @@ from jetflow_cluster.cache.prefix_cache import PrefixCache
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.engine import Engine, build_planned_trees
+from jetflow_cluster.engine.lookup import ContextLookup
 from jetflow_cluster.engine.protocols import BudgetPolicy, Drafter, FixedBudget, TreeBuilder
 from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner
@@ -85,6 +86,7 @@ def load_engine(
         drafter = drafter_factory(target, num_pages, config.page_size)
     elif parts.head is not None:
         drafter = parts.drafter(config.page_size) if channel is None else parts.leading_drafter(config, channel, tp)
+    lookup = ContextLookup() if drafter is not None and config.context_lookup else None
     pool = PagePool(num_pages)
     prefix_cache = PrefixCache(pool, config.page_size) if config.enable_prefix_cache else None
     scheduler = Scheduler(
@@ -93,7 +95,7 @@ def load_engine(
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_prompt_chunk=config.max_prompt_chunk,
         max_num_requests=config.max_num_requests,
-        max_draft_depth=drafter.max_depth if drafter else 0,
+        max_draft_depth=max(part.max_depth if part else 0 for part in (drafter, lookup)),
         num_scratch_rows=drafter.num_scratch_rows if drafter else 0,
         needs_draft_context=bool(drafter and drafter.tap_layer_ids),
         budget=budget or FixedBudget(1),
@@ -104,7 +106,7 @@ def load_engine(
         runner = LeadingTarget(target, num_pages=num_pages, page_size=config.page_size, channel=channel)
     tokenizer_path = parts.target_dir / "tokenizer.json"
     return LoadedEngine(
-        engine=Engine(runner, drafter, scheduler, prefix_cache=prefix_cache, tree_builder=tree_builder),
+        engine=Engine(runner, drafter, scheduler, prefix_cache=prefix_cache, lookup=lookup, tree_builder=tree_builder),
         tokenizer=Tokenizer.from_file(str(tokenizer_path)) if tokenizer_path.exists() else None,
         target_dir=parts.target_dir,
         max_model_len=parts.max_model_len,

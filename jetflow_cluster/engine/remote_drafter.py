@@ -104,7 +104,7 @@ class RemoteDrafter:
 
     def _guess(self, items: Sequence[ScheduledRequest]) -> Guess:
         requests = [item.request for item in items]
-        depth = max(item.max_depth for item in items)
+        depth = min(self.max_depth, max(item.max_depth for item in items))
         blocks = draft_blocks(requests, self._config, depth, self._page_size, torch.device("cpu"))
         return Guess(
             rows=Rows.of(blocks.batch),

@@ -11,6 +11,7 @@ from jetflow_cluster.cache.page_table import PageTable
 from jetflow_cluster.cache.prefix_cache import PageKeys
 from jetflow_cluster.engine.detokenizer import IncrementalDetokenizer
 from jetflow_cluster.layers.sampler import TokenCounts
+from jetflow_cluster.tree.lookup import ContextIndex
 from jetflow_cluster.types import (
     FinishReason,
     RequestOutput,
@@ -64,6 +65,8 @@ class Request:
     draft_len: int = 0
     #: Fused hidden vectors ``[n, hidden_size]`` of the tokens from `draft_len` on, in order.
     pending_fused: list[torch.Tensor] = field(default_factory=list)
+    #: Where the request's own text repeats itself, once it was asked.
+    context_index: ContextIndex | None = None
     #: True when the draft context went with a lost draft worker: the request drafts no more.
     is_draft_lost: bool = False
     #: Full pages that the prefix cache was told of.

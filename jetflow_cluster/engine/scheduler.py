@@ -43,7 +43,7 @@ class Scheduler:
         self._max_rows = max_num_batched_tokens
         self._max_chunk = max_prompt_chunk or max_num_batched_tokens
         self._max_requests = max_num_requests
-        self._max_draft_depth = max_draft_depth
+        self.max_draft_depth = max_draft_depth
         self._num_scratch_rows = num_scratch_rows
         self._needs_draft_context = needs_draft_context
 
@@ -90,7 +90,7 @@ class Scheduler:
         self, request: Request, num_decoding: int, fair_nodes: int, items: dict[int, ScheduledRequest]
     ) -> None:
         limits = request.params.speculation
-        depth = min(self._max_draft_depth, request.room - 1, limits.max_depth or self._max_draft_depth)
+        depth = min(self.max_draft_depth, request.room - 1, limits.max_depth or self.max_draft_depth)
         if limits.mode is SpeculationMode.OFF or depth < 1:
             nodes = 1
         elif limits.mode is SpeculationMode.FORCE:

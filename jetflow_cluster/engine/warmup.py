@@ -101,14 +101,20 @@ def warm_up(
 ) -> BudgetTable:
     """Measures acceptance and costs, warns of a head that does not fit, and returns the table of tree sizes."""
     acceptance = measure_acceptance(engine, make_request, prompts)
-    if acceptance[NODES[-1]] < SUSPICIOUS_ACCEPTANCE:
+    lookup, engine.lookup = engine.lookup, None
+    try:
+        # Repetitions would hide a head that does not fit, and fill the contexts with tokens.
+        alone = measure_acceptance(engine, make_request, prompts[:2])[NODES[-1]]
+        costs = measure_steps(engine, make_request, prompts[0], max_running, max_rows)
+    finally:
+        engine.lookup = lookup
+    if alone < SUSPICIOUS_ACCEPTANCE:
         _log.warning(
             "draft head: mean acceptance length %.2f with %d nodes at warm-up; the head is probably untrained, or "
             "made for another target. Output is right, but speculation will not pay.",
-            acceptance[NODES[-1]],
+            alone,
             NODES[-1],
         )
-    costs = measure_steps(engine, make_request, prompts[0], max_running, max_rows)
     table = BudgetTable.from_costs(costs, acceptance)
     _log.info("tree nodes by running requests: %s", table.nodes_by_running)
     if engine.prefix_cache is not None:

@@ -133,7 +133,7 @@ def load_sidecar(folder: Path, target: TargetEnds, *, device: torch.device) -> S
         return None
     raw = read_json(path)
     try:
-        config = SideCarConfig(**(raw | {"scales": tuple(raw.get("scales", ()))}))
+        config = SideCarConfig(**raw)
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from None
     with StoredTensors([folder / WEIGHTS_NAME]) as stored:

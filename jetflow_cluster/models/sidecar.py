@@ -27,8 +27,6 @@ class SideCarConfig:
     target_fingerprint: str
     #: `fingerprint` of the head's weights.
     head_fingerprint: str
-    #: Divisors of the noised scores per depth, for sampled requests.
-    scales: tuple[float, ...] = ()
 
 
 class SideCar(nn.Module):

@@ -21,9 +21,11 @@ from jetflow_cluster.training.regenerate import load_causal_lm, load_tokenizer
 from jetflow_cluster.training.simulate import Acceptance, Rollouts, head_logits, make_rollouts, tables_along, walk
 from jetflow_cluster.tree.build import CandidateTable, build_trees
 from jetflow_cluster.tree.draft_tree import DraftTree
+from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH, ContextIndex, mix_lookup
 
 _FULL_WIDTH = 7
 _LOOKUP_NGRAM, _LOOKUP_TOKENS = 3, 15
+_MIXED = "context lookup"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ def read_sidecar(head_dir: Path) -> SideCar | None:
         return None
     raw = json.loads((head_dir / CONFIG_NAME).read_text())
     tensors = load_file(head_dir / WEIGHTS_NAME)
-    config = SideCarConfig(**(raw | {"scales": tuple(raw.get("scales", ()))}))
+    config = SideCarConfig(**raw)
     return SideCar(config, tensors["parent.weight"].float(), tensors["child.weight"].float())
 
 
@@ -93,7 +95,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             model,
             prompts,
             num_tokens=config.num_tokens,
-            spare=max(_LOOKUP_TOKENS, main.config.block_size - 1),
+            spare=max(_LOOKUP_TOKENS, MAX_LOOKUP_DEPTH, main.config.block_size - 1),
             tap_ids=main.config.target_layer_ids,
             temperature=temperature,
         )
@@ -170,7 +172,6 @@ class _Comparison:
                             width=width,
                             coupled=coupled,
                             sidecar=sidecar.correction if corrected and sidecar is not None else None,
-                            scales=sidecar.config.scales or None if coupled and corrected and sidecar else None,
                         )
                         self._tables.setdefault((row, width), []).append(tables)
 
@@ -205,7 +206,23 @@ class _Comparison:
             draft = lambda p, at, n: full_width_tree(full[p][at], n)  # noqa: E731
             rows.append(self._row("full width 7", [walk(self._texts, draft, self._config.budgets, prefix_free=True)]))
         rows += [self._row(name, self._exact(name)) for name, *_ in self._variants]
+        if self._texts.temperature == 0:
+            best = self._variants[-1][0]
+            self._tables |= {(_MIXED, width): self._with_lookup(self._tables[best, width]) for width in self._widths()}
+            rows.append(self._row(f"{best}, context lookup", self._exact(_MIXED)))
         return rows
+
+    def _with_lookup(self, tables: list[list[CandidateTable]]) -> list[list[CandidateTable]]:
+        """As the engine mixes them."""
+        found = []
+        for p, of_prompt in enumerate(tables):
+            index, text = ContextIndex(), self._texts.tokens[p].tolist()
+            mixed = []
+            for at, table in enumerate(of_prompt):
+                match = index.match(text[: self._texts.prompt_tokens + at + 1], MAX_LOOKUP_DEPTH)
+                mixed.append(table if match is None else mix_lookup(table, match))
+            found.append(mixed)
+        return found
 
     def _exact(self, name: str) -> list[Acceptance]:
         parts = []
@@ -214,7 +231,7 @@ class _Comparison:
             tables = self._tables[name, width]
 
             def draft(p: int, at: int, nodes: int, tables: Any = tables) -> DraftTree:
-                return build_trees([tables[p][at]], [0], max_nodes=[nodes], max_depths=[self._depth])[0]
+                return build_trees([tables[p][at]], [0], max_nodes=[nodes], max_depths=[len(tables[p][at].ids)])[0]
 
             parts.append(walk(self._texts, draft, budgets))
         return parts

@@ -22,6 +22,7 @@ from rich.console import Console
 from jetflow_cluster.training import corpus
 from jetflow_cluster.training.distill import DistillConfig, distill
 from jetflow_cluster.training.evaluate import EvaluateConfig, evaluate
+from jetflow_cluster.training.lookup_weights import fit_lookup_weights
 from jetflow_cluster.training.model_card import write_model_card
 from jetflow_cluster.training.pretrain import PretrainConfig, pretrain
 from jetflow_cluster.training.quality import measure_quality
@@ -69,6 +70,8 @@ def run(folder: Path, *, target_minutes: float, head_minutes: float, comparison_
     if not (folder / "quality.json").exists():
         found = measure_quality(folder / "target", folder / "corpus")
         (folder / "quality.json").write_text(json.dumps(found, indent=1))
+    if not (folder / "lookup_weights.json").exists():
+        (folder / "lookup_weights.json").write_text(json.dumps(fit_lookup_weights(config, head)))
     if not (folder / "evaluation" / "acceptance.json").exists():
         evaluate(evaluation_config(folder, head))
     if comparison_minutes and not (folder / "comparison" / "acceptance.json").exists():

@@ -20,9 +20,6 @@ from jetflow_cluster.training.head_model import TrainableHead, load_head
 from jetflow_cluster.training.optim import lr_factor
 from jetflow_cluster.training.regenerate import load_causal_lm
 
-#: Divisors among which `calibrate_scales` chooses.
-SCALES = tuple(round(0.5 + 0.05 * i, 2) for i in range(31))
-
 
 @dataclass(frozen=True, kw_only=True)
 class SideCarTrainingConfig:
@@ -80,15 +77,12 @@ def train_sidecar(config: SideCarTrainingConfig, *, device: str = "cpu") -> Path
     console.print(f"{len(guesses.parents)} guesses in {time.monotonic() - started:.0f} s")
     config.distill.output_dir.mkdir(parents=True, exist_ok=True)
     sidecar = fit(config, guesses, embedding.shape[0], config.distill.output_dir / "sidecar.csv")
-    scales = calibrate_scales(blocks, *(sidecar[name].to(device) for name in ("parent", "child")))
-    console.print(f"scales of noised scores by depth: {', '.join(map(str, scales))}", highlight=False)
     state = dict(load_head(config.head).state_dict())
     described = SideCarConfig(
         rank=config.rank,
         width=config.width,
         target_fingerprint=fingerprint({"embedding": embedding}),
         head_fingerprint=fingerprint(state),
-        scales=scales,
     )
     save_sidecar(config.head, SideCar(described, sidecar["parent"], sidecar["child"]))
     return config.head
@@ -163,26 +157,6 @@ def gather_guesses(config: SideCarTrainingConfig, blocks: Iterator[_Blocks]) -> 
         num_blocks += len(ranked)
     parents, children, own, theirs = (torch.cat(column) for column in zip(*parts, strict=True))
     return Guesses(parents=parents, children=children, head=own, target=theirs)
-
-
-@torch.inference_mode()
-def calibrate_scales(
-    blocks: Iterator[_Blocks], parent: torch.Tensor, child: torch.Tensor, *, num_batches: int = 6
-) -> tuple[float, ...]:
-    """Per depth, the divisor of ``log q + noise`` that makes the token which the target draws with the same noise the
-    most likely one, at temperature 1."""
-    nats = torch.zeros((), dtype=torch.float64)
-    for _ in range(num_batches):
-        found = next(blocks)
-        # A quarter is plenty: every scale takes a softmax over the vocabulary.
-        own, theirs, parents, valid = (t[::4] for t in (found.head, found.target, found.parents, found.valid))
-        noise = _gumbel(own)
-        drawn = (theirs + noise).argmax(-1, keepdim=True)
-        scores = own + noise
-        scores[:, 1:] += parent[parents[:, 1:]] @ child.T
-        by_scale = [(scores / s).log_softmax(-1).gather(-1, drawn)[..., 0] * valid for s in SCALES]
-        nats = nats - torch.stack(by_scale, -1).double().sum(0).cpu()
-    return tuple(SCALES[i] for i in nats.argmin(-1).tolist())
 
 
 def _gumbel(like: torch.Tensor) -> torch.Tensor:

@@ -112,7 +112,6 @@ def tables_along(
     width: int,
     coupled: bool = False,
     sidecar: Correction | None = None,
-    scales: Sequence[float] | None = None,
 ) -> list[CandidateTable]:
     """A candidate table for every anchor of one prompt, from `head_logits`."""
     begin = rollouts.prompt_tokens
@@ -132,7 +131,6 @@ def tables_along(
             anchor_ids=anchors[part],
             sampling=sampling[part],
             sidecar=sidecar,
-            scales=scales,
         )
     return found
 

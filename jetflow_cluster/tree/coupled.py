@@ -43,15 +43,14 @@ def candidate_tables(
     anchor_ids: Sequence[int],
     sampling: Sequence[DraftSampling | None],
     sidecar: Correction | None = None,
-    scales: Sequence[float] | None = None,
 ) -> list[CandidateTable]:
     """One table per request, on the CPU.
 
     Greedy requests get the `width` most probable tokens of each depth with their log-probabilities. Sampled ones get,
-    among the `POOL_SIZE` most probable, the `width` best by noised score; a softmax over the pool, with one scale per
-    depth, makes the scores probabilities. With a side-car the score of a candidate at depth 2 or deeper depends on
-    the candidate above it: its logit is corrected (before temperature and noise) and the row normalised again over
-    the candidates and the remaining mass.
+    among the `POOL_SIZE` most probable, the `width` best by noised score; a softmax over the pool makes the scores
+    probabilities. With a side-car the score of a candidate at depth 2 or deeper depends on the candidate above it: its
+    logit is corrected (before temperature and noise) and the row normalised again over the candidates and the remaining
+    mass.
 
     Args:
         logits: ``[R, D, V]`` of the head; row d - 1 is depth d.
@@ -59,18 +58,15 @@ def candidate_tables(
         anchor_ids: last committed token of each request. Depth 1 is the head's own, so they correct nothing.
         sampling: per request; None is greedy.
         sidecar: pairwise correction of the logits.
-        scales: divisors of the noised scores before the softmax, one per depth (or more); None is 1 everywhere.
 
     Raises:
         ValueError: when the arguments do not fit each other.
     """
-    _check(logits, width, anchor_ids, sampling, scales)
-    num_depths = logits.shape[1]
-    per_depth = [1.0] * num_depths if scales is None else list(scales[:num_depths])
-    divisors = _divisors(sampling, per_depth, logits.device)
+    _check(logits, width, anchor_ids, sampling)
+    divisors = _divisors(sampling, logits.device)
     logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    ids, scores = _marginal(logprobs, min(width, POOL_SIZE, logits.shape[2]), sampling, divisors, per_depth)
-    if sidecar is not None and num_depths > 1:
+    ids, scores = _marginal(logprobs, min(width, POOL_SIZE, logits.shape[2]), sampling, divisors)
+    if sidecar is not None and logits.shape[1] > 1:
         scores = _conditional(ids, scores, sidecar, divisors)
     else:
         scores = scores.unsqueeze(2)
@@ -83,26 +79,21 @@ def _check(
     width: int,
     anchor_ids: Sequence[int],
     sampling: Sequence[DraftSampling | None],
-    scales: Sequence[float] | None,
 ) -> None:
-    num_requests, num_depths, _ = logits.shape
+    num_requests = logits.shape[0]
     if width < 1:
         raise ValueError(f"width = {width}: must be at least 1")
     for name, num in (("anchor_ids", len(anchor_ids)), ("sampling", len(sampling))):
         if num != num_requests:
             raise ValueError(f"{name} has {num} entries: must have one for each of {num_requests} requests")
-    if scales is not None and len(scales) < num_depths:
-        raise ValueError(f"scales has {len(scales)} entries: must have one for each of {num_depths} depths")
 
 
-def _divisors(
-    sampling: Sequence[DraftSampling | None], per_depth: Sequence[float], device: torch.device
-) -> torch.Tensor | None:
-    """float64 ``[R, D, 1]``: what divides a log-probability on its way to a score; None when no request is sampled."""
+def _divisors(sampling: Sequence[DraftSampling | None], device: torch.device) -> torch.Tensor | None:
+    """float64 ``[R, 1, 1]``: what divides a log-probability on its way to a score; None when no request is sampled."""
     if all(s is None for s in sampling):
         return None
-    rows = [[1.0 if s is None else s.temperature * scale for scale in per_depth] for s in sampling]
-    return torch.tensor(rows, dtype=torch.float64, device=device).unsqueeze(2)
+    rows = [1.0 if s is None else s.temperature for s in sampling]
+    return torch.tensor(rows, dtype=torch.float64, device=device)[:, None, None]
 
 
 def _marginal(
@@ -110,18 +101,17 @@ def _marginal(
     width: int,
     sampling: Sequence[DraftSampling | None],
     divisors: torch.Tensor | None,
-    per_depth: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Candidate ids and log-probabilities ``[R, D, W]``, best first, as they are without a side-car."""
     noisy = [s for s in sampling if s is not None]
     if divisors is not None and len(noisy) == len(sampling):
-        return _noised(logprobs, width, noisy, divisors, per_depth)
+        return _noised(logprobs, width, noisy, divisors)
     top = logprobs.topk(width)
     if divisors is None:
         return top.indices, top.values
     rows = torch.tensor([i for i, s in enumerate(sampling) if s is not None], device=logprobs.device)
     ids, scores = top.indices, top.values.double()
-    ids[rows], scores[rows] = _noised(logprobs[rows], width, noisy, divisors[rows], per_depth)
+    ids[rows], scores[rows] = _noised(logprobs[rows], width, noisy, divisors[rows])
     return ids, scores
 
 
@@ -130,7 +120,6 @@ def _noised(
     width: int,
     sampling: Sequence[DraftSampling],
     divisors: torch.Tensor,
-    per_depth: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`_marginal` of sampled requests: ranked and weighed with their noise."""
     device = logprobs.device
@@ -138,7 +127,6 @@ def _noised(
     keys = torch.tensor([(as_signed(s.seed), s.anchor_position) for s in sampling], device=device)
     depths = torch.arange(1, logprobs.shape[1] + 1, device=device).unsqueeze(1)
     noise = gumbel_noise(keys[:, 0, None, None], keys[:, 1, None, None] + depths, pool.indices)
-    noise /= torch.tensor(per_depth, dtype=torch.float64, device=device).unsqueeze(1)
     top = (noise + pool.values / divisors).log_softmax(-1).topk(width)
     return pool.indices.gather(-1, top.indices), top.values
 
@@ -152,7 +140,7 @@ def _conditional(
     """
     delta = sidecar(ids[:, :-1], ids[:, 1:])
     if divisors is not None:
-        delta = delta / divisors[:, 1:].unsqueeze(3)
+        delta = delta / divisors.unsqueeze(3)
     deeper = scores[:, 1:]
     rest = (1.0 - deeper.exp().sum(-1, keepdim=True)).clamp_min_(_LEAST_REST).log_()
     joint = torch.cat((deeper.unsqueeze(2) + delta, rest.unsqueeze(2).expand(-1, -1, delta.shape[2], -1)), -1)

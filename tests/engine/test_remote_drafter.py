@@ -58,8 +58,15 @@ class Setup:
             )
             return self.drafters[-1]
 
+        # Every guess comes from the workers.
         return LLM(
-            self.config.model, None, dtype=self.config.dtype, num_pages=PAGES, tree_nodes={1: 16}, drafter_factory=make
+            self.config.model,
+            None,
+            dtype=self.config.dtype,
+            num_pages=PAGES,
+            tree_nodes={1: 16},
+            context_lookup=False,
+            drafter_factory=make,
         )
 
     def start_worker(self, name: str) -> DraftWorker:
@@ -92,6 +99,7 @@ def local(setup: Setup) -> list[RequestOutput]:
         draft_dtype=config.draft_dtype,
         num_pages=PAGES,
         tree_nodes={1: 16},
+        context_lookup=False,
     )
     return llm.generate(PROMPTS, PARAMS)
 

@@ -29,7 +29,7 @@ FACTORS: dict[str, list[Any]] = {
     "arrival": ["together", "staggered"],
     "prefix": ["none", "hit"],
     "memory": ["ample", "preempts"],
-    "drafter": ["empty", "right", "wrong", "random", "repeated", "head"],
+    "drafter": ["empty", "right", "wrong", "random", "repeated", "head", "head_alone"],
     "sampling": [
         "greedy",
         "temperature",
@@ -135,7 +135,7 @@ def run_case(case: Case, target_dir: str, head_dir: str, oracle: Oracle) -> tupl
     num_pages = 4 * case.batch * per_request + 256
     if case.memory == "preempts":
         num_pages = per_request * max(1, case.batch // 2) + 1
-    by_head = case.drafter == "head"
+    by_head = case.drafter in ("head", "head_alone")
     llm = LLM(
         target_dir,
         head_dir if by_head else None,
@@ -145,6 +145,7 @@ def run_case(case: Case, target_dir: str, head_dir: str, oracle: Oracle) -> tupl
         max_prompt_chunk=case.chunk,
         max_num_requests=32,
         tree_nodes={32: case.nodes},
+        context_lookup=case.drafter == "head",
         drafter_factory=None if by_head else lambda *_: NoDrafter(),
         tree_builder=None if by_head else Adversary(case.drafter, truth, VOCAB_SIZE),
     )

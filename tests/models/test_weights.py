@@ -205,7 +205,7 @@ def test_sidecars_that_do_not_belong(head_dir: Path, break_it: Callable[[Path], 
 def test_sidecar_formula_and_files(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     parent, child = torch.randn(2, 11, 3, generator=generator)
-    config = SideCarConfig(rank=3, width=4, target_fingerprint="t", head_fingerprint="h", scales=(1.0, 0.5))
+    config = SideCarConfig(rank=3, width=4, target_fingerprint="t", head_fingerprint="h")
     sidecar = SideCar(config, parent, child)
     parents, children = torch.tensor([[1, 2], [3, 10]]), torch.tensor([[0, 4, 5], [6, 7, 8]])
     out = sidecar.correction(parents, children)
@@ -217,7 +217,7 @@ def test_sidecar_formula_and_files(tmp_path: Path) -> None:
                 assert float(out[r, p, w]) == pytest.approx(float(expected), abs=1e-6)
     save_sidecar(tmp_path, sidecar)
     assert sorted(load_file(tmp_path / "sidecar.safetensors")) == ["child.weight", "parent.weight"]
-    assert json.loads((tmp_path / "sidecar_config.json").read_text())["scales"] == [1.0, 0.5]
+    assert json.loads((tmp_path / "sidecar_config.json").read_text())["rank"] == 3
     with pytest.raises(ValueError, match=r"both must be \[vocab_size, rank = 3\]"):
         SideCar(config, parent, child[:, :2])
 

@@ -33,7 +33,7 @@ def sampled(temperature: float, seed: int = 11, anchor_position: int = 40) -> Dr
     return DraftSampling(temperature=temperature, seed=seed, anchor_position=anchor_position)
 
 
-def slow_depth(logits: torch.Tensor, depth: int, width: int, sampling: DraftSampling | None, scale: float):
+def slow_depth(logits: torch.Tensor, depth: int, width: int, sampling: DraftSampling | None):
     """Ids of one depth's candidates with their log-probabilities, and the mass of all other tokens."""
     logq = logits.double().log_softmax(-1)
     ranked = sorted(range(len(logq)), key=lambda token: -logq[token].item())
@@ -43,7 +43,7 @@ def slow_depth(logits: torch.Tensor, depth: int, width: int, sampling: DraftSamp
         position = torch.tensor(sampling.anchor_position + depth)
         pool = ranked[:POOL_SIZE]
         noise = gumbel_noise(sampling.seed, position, torch.tensor(pool)).tolist()
-        noised = {t: (logq[t].item() / sampling.temperature + g) / scale for t, g in zip(pool, noise, strict=True)}
+        noised = {t: logq[t].item() / sampling.temperature + g for t, g in zip(pool, noise, strict=True)}
         best = max(noised.values())
         total = best + math.log(sum(math.exp(s - best) for s in noised.values()))
         scores = {token: score - total for token, score in noised.items()}
@@ -52,11 +52,11 @@ def slow_depth(logits: torch.Tensor, depth: int, width: int, sampling: DraftSamp
     return chosen, [scores[token] for token in chosen], rest
 
 
-def check_table(table: CandidateTable, logits, width, sampling, sidecar, scales=None):
+def check_table(table: CandidateTable, logits, width, sampling, sidecar):
     """Compares one request's table with the slow formulas."""
     depth, vocab = logits.shape
     width = min(width, vocab)
-    slow = [slow_depth(logits[d], d + 1, width, sampling, scales[d] if scales else 1.0) for d in range(depth)]
+    slow = [slow_depth(logits[d], d + 1, width, sampling) for d in range(depth)]
     assert table.ids.dtype == torch.int64
     assert table.scores.dtype == torch.int32
     assert table.ids.tolist() == [ids for ids, _, _ in slow]
@@ -68,7 +68,7 @@ def check_table(table: CandidateTable, logits, width, sampling, sidecar, scales=
             if d and sidecar is not None:
                 delta = sidecar.table[slow[d - 1][0][p], ids].double()
                 if sampling is not None:
-                    delta = delta / sampling.temperature / (scales[d] if scales else 1.0)
+                    delta = delta / sampling.temperature
             joint = [score + x for score, x in zip(scores, delta.tolist(), strict=True)]
             total = math.log(sum(math.exp(score) for score in joint) + rest)
             expected = [max((score - total) * SCORE_UNIT, -(2**24)) for score in joint]
@@ -105,12 +105,9 @@ def test_greedy_and_sampled_in_one_batch(with_sidecar):
     logits = random_logits(5, 4, 90)
     sidecar = TableSideCar(90) if with_sidecar else None
     sampling = [sampled(1.0), None, sampled(0.5, seed=2**64 - 1, anchor_position=7), None, sampled(1.3, seed=0)]
-    scales = [1.0, 0.8, 1.2, 0.9, 0.7]
-    tables = candidate_tables(
-        logits, width=8, anchor_ids=ANCHORS[:5], sampling=sampling, sidecar=sidecar, scales=scales
-    )
+    tables = candidate_tables(logits, width=8, anchor_ids=ANCHORS[:5], sampling=sampling, sidecar=sidecar)
     for r, table in enumerate(tables):
-        check_table(table, logits[r], 8, sampling[r], sidecar, scales)
+        check_table(table, logits[r], 8, sampling[r], sidecar)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -157,7 +154,6 @@ def test_extreme_corrections_and_low_temperature_stay_finite():
         pytest.param({"width": 0}, "width = 0", id="width"),
         pytest.param({"sampling": [None]}, "sampling", id="sampling"),
         pytest.param({"anchor_ids": [1]}, "anchor_ids", id="anchors"),
-        pytest.param({"scales": [1.0]}, "scales", id="scales"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):

@@ -30,7 +30,7 @@ def model_card(config: ReplicaServerConfig, frontend: EngineFrontend) -> pb.Mode
         num_draft_workers=config.num_draft_workers,
         has_draft_head=drafter is not None,
         max_tree_nodes=1 if drafter is None else min(_MAX_TREE_NODES, frontend.config.max_num_batched_tokens),
-        max_depth=0 if drafter is None else drafter.max_depth,
+        max_depth=engine.scheduler.max_draft_depth,
         version=__version__,
     )
 

@@ -278,7 +278,7 @@ def test_describe(frontend: EngineFrontend, fp64_target: Path) -> None:
                 num_draft_workers=2,
                 has_draft_head=True,
                 max_tree_nodes=512,
-                max_depth=7,
+                max_depth=MAX_LOOKUP_DEPTH,
             )
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await router.stub.Describe(pb.GetModelCardRequest(model="other"))

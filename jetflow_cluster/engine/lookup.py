@@ -1,0 +1,48 @@
+"""Greedy requests' own texts as a source of guesses, beside the drafter's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jetflow_cluster.engine.protocols import Drafter, ScheduledRequest, StepPlan
+from jetflow_cluster.tree.build import CandidateTable
+from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH, ContextIndex, ContextMatch, lookup_table, mix_lookup
+
+#: From this length on a match guesses alone: the drafter would add less than its pass costs.
+SURE_MATCH = 24
+
+
+class ContextLookup:
+    """Keeps an index of each request's tokens on the request itself. Any guess is lossless."""
+
+    #: Deepest guess.
+    max_depth = MAX_LOOKUP_DEPTH
+
+    def draft(self, plan: StepPlan, drafter: Drafter) -> Sequence[CandidateTable | None]:
+        """The drafter's tables with the lookups' guesses mixed in. Requests that sample get the drafter's own: what
+        their noise draws repeats little."""
+        matches = [_match(item) for item in plan.items]
+        is_sure = [match is not None and match.length >= SURE_MATCH for match in matches]
+        if any(is_sure):
+            asked = zip(plan.items, is_sure, strict=True)
+            plan = replace(plan, items=tuple(replace(i, max_tree_nodes=1) if sure else i for i, sure in asked))
+        found = drafter.draft(plan) if plan.speculates else [None] * len(plan.items)
+        return [_mixed(table, match, sure) for table, match, sure in zip(found, matches, is_sure, strict=True)]
+
+
+def _match(item: ScheduledRequest) -> ContextMatch | None:
+    request = item.request
+    if item.max_tree_nodes == 1 or not request.params.is_greedy:
+        return None
+    if request.context_index is None:
+        request.context_index = ContextIndex()
+    return request.context_index.match(request.token_ids, min(item.max_depth, MAX_LOOKUP_DEPTH))
+
+
+def _mixed(table: CandidateTable | None, match: ContextMatch | None, is_sure: bool) -> CandidateTable | None:
+    if match is None:
+        return table
+    if is_sure:
+        return lookup_table(match)
+    return None if table is None else mix_lookup(table, match)

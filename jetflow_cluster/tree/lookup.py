@@ -1,0 +1,189 @@
+"""Candidates from a request's own text: what followed the last time that it ended like this.
+
+Text repeats itself, and a draft head that guesses each depth from hidden states alone loses the thread of a long
+repetition. The longest earlier match of the last tokens (as in prompt lookup decoding and in LZ77, whose chains of
+equal beginnings are used here) says how the text would go on; that guess is mixed into the head's own candidates.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from jetflow_cluster.tree.build import MIN_SCORE, SCORE_UNIT, CandidateTable
+
+#: Deepest guess of a lookup.
+MAX_LOOKUP_DEPTH = 24
+#: Longest match that is told apart.
+MAX_MATCH = 32
+#: Earlier places with the same last three tokens that are compared, the latest first.
+_MAX_PLACES = 24
+#: Least match of each row of `LOOKUP_WEIGHTS`.
+MATCH_BOUNDS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextMatch:
+    """An earlier place of the text that ends like its end."""
+
+    #: Equal tokens, at most `MAX_MATCH`.
+    length: int
+    #: What followed there, as many tokens as were asked for; a repetition goes on repeating.
+    token_ids: list[int]
+
+
+class ContextIndex:
+    """Finds matches in one growing text; `extend` takes constant time per token."""
+
+    __slots__ = ("_before", "_latest", "_tokens")
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        #: Last token of the latest place of each run of one, two and three tokens.
+        self._latest: dict[int | tuple[int, ...], int] = {}
+        #: For each place the one before it with the same three last tokens; -1 for none.
+        self._before: list[int] = []
+
+    def match(self, token_ids: Sequence[int], num_tokens: int) -> ContextMatch | None:
+        """The longest earlier match of the end of a text, the latest of equally long ones.
+
+        Args:
+            token_ids: the text; it begins with what was given before.
+            num_tokens: tokens wanted.
+
+        Returns:
+            None when the last token is new.
+        """
+        self._extend(token_ids)
+        tokens, end = self._tokens, len(self._tokens) - 1
+        place, length = self._longest(end)
+        if not length:
+            return None
+        guess = tokens[place + 1 : place + 1 + num_tokens]
+        period = end - place
+        while len(guess) < num_tokens:
+            guess.append(guess[-period])
+        return ContextMatch(length=length, token_ids=guess)
+
+    def _extend(self, token_ids: Sequence[int]) -> None:
+        """Enters all places but the end itself, which must not be found."""
+        tokens, latest, before = self._tokens, self._latest, self._before
+        first = max(0, len(tokens) - 1)
+        tokens.extend(token_ids[len(tokens) :])
+        for place in range(first, len(tokens) - 1):
+            one = tokens[place]
+            latest[one] = place
+            if place:
+                latest[tokens[place - 1], one] = place
+            key = tuple(tokens[place - 2 : place + 1]) if place > 1 else ()
+            before.append(latest.get(key, -1) if key else -1)
+            if key:
+                latest[key] = place
+
+    def _longest(self, end: int) -> tuple[int, int]:
+        """Last token of the best place, and the length of its match; 0 for none."""
+        tokens, latest = self._tokens, self._latest
+        if end < 1:
+            return -1, 0
+        best, length, num_left = -1, 0, _MAX_PLACES
+        place = latest.get(tuple(tokens[end - 2 : end + 1]), -1) if end > 1 else -1
+        while place >= 0 and num_left and length < MAX_MATCH:
+            found = 3
+            most = min(MAX_MATCH, place + 1)
+            while found < most and tokens[place - found] == tokens[end - found]:
+                found += 1
+            if found > length:
+                best, length = place, found
+            place = self._before[place]
+            num_left -= 1
+        if length:
+            return best, length
+        place = latest.get((tokens[end - 1], tokens[end]), -1)
+        if place >= 0:
+            return place, 2
+        place = latest.get(tokens[end], -1)
+        return place, int(place >= 0)
+
+
+#: Weight of a lookup's guess in the mixture with the head's candidates: a row per least match, a column per depth (the
+#: last one for all deeper). A guess is only asked about where the ones above it were right, so weights grow with depth.
+#: `jetflow_cluster.training.lookup_weights` fits them.
+LOOKUP_WEIGHTS = (
+    (0.020, 0.219, 0.442, 0.605, 0.716, 0.786, 0.791, 0.944),
+    (0.067, 0.354, 0.563, 0.714, 0.777, 0.816, 0.832, 0.949),
+    (0.178, 0.482, 0.663, 0.757, 0.798, 0.828, 0.832, 0.957),
+    (0.312, 0.551, 0.697, 0.776, 0.813, 0.828, 0.884, 0.961),
+    (0.387, 0.601, 0.738, 0.804, 0.826, 0.885, 0.869, 0.967),
+    (0.486, 0.670, 0.769, 0.832, 0.866, 0.891, 0.930, 0.970),
+    (0.633, 0.761, 0.861, 0.895, 0.925, 0.929, 0.938, 0.974),
+    (0.805, 0.857, 0.905, 0.913, 0.929, 0.940, 0.947, 0.982),
+    (0.851, 0.901, 0.930, 0.960, 0.965, 0.970, 0.975, 0.986),
+    (0.937, 0.954, 0.969, 0.973, 0.976, 0.975, 0.977, 0.990),
+    (0.969, 0.979, 0.988, 0.990, 0.992, 0.993, 0.994, 0.998),
+)
+
+
+def mix_lookup(table: CandidateTable, match: ContextMatch) -> CandidateTable:
+    """A new table in which each guess of a match has its weight among the candidates.
+
+    Under the candidate that carries the match's token above, the scores become those of
+    ``(1 - weight) * candidates + weight * guess``; other rows stay. A guess that is no candidate takes the place of the
+    worst one if it is worth more. Depths below the table's own hold the match's guess alone.
+
+    Args:
+        table: of the head, for a greedy request.
+        match: of the request's tokens.
+    """
+    guesses = match.token_ids
+    num_own, width = table.ids.shape
+    num_depths = max(num_own, len(guesses))
+    ids = np.zeros((num_depths, width), np.int64)
+    scores = np.full((num_depths, width, width), MIN_SCORE, np.int32)
+    ids[:num_own] = table.ids.numpy()
+    scores[:num_own] = table.scores.numpy()
+    above = 0
+    for d, (guess, weight) in enumerate(zip(guesses, _weights(match), strict=True)):
+        row = scores[d, above]
+        if d >= num_own:
+            # Below the head's own depths there is the guess alone.
+            ids[d, 0], row[0], above = guess, _fixed(weight), 0
+            continue
+        places = np.flatnonzero(ids[d] == guess)
+        if len(places):
+            place = int(places[0])
+        else:
+            place = width - 1
+            if _fixed(weight) <= row[place]:
+                break
+            ids[d, place] = guess
+            scores[d, :, place] = MIN_SCORE
+            if d + 1 < num_own:
+                # What the head says behind a token that is none of its candidates: the mean of what it says at all.
+                scores[d + 1, place] = _fixed(np.exp(scores[d + 1] / SCORE_UNIT).mean(0))
+        shares = (1.0 - weight) * np.exp(row / SCORE_UNIT)
+        shares[place] += weight
+        row[:] = _fixed(shares)
+        above = place
+    return CandidateTable(ids=torch.from_numpy(ids), scores=torch.from_numpy(scores))
+
+
+def lookup_table(match: ContextMatch) -> CandidateTable:
+    """A match's guesses alone, each with its weight."""
+    scores = _fixed(np.array(_weights(match)))
+    return CandidateTable(ids=torch.tensor(match.token_ids)[:, None], scores=torch.from_numpy(scores)[:, None, None])
+
+
+def _weights(match: ContextMatch) -> list[float]:
+    """One per guess."""
+    row = LOOKUP_WEIGHTS[bisect_right(MATCH_BOUNDS, match.length) - 1]
+    return [row[min(d, len(row) - 1)] for d in range(len(match.token_ids))]
+
+
+def _fixed(shares: np.ndarray | float) -> np.ndarray:
+    """Probabilities to fixed-point scores, int32."""
+    with np.errstate(divide="ignore"):
+        return np.clip(np.rint(np.log(shares) * SCORE_UNIT), MIN_SCORE, 0).astype(np.int32)
