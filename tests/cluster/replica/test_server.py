@@ -21,6 +21,7 @@ from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.rpc.convert import sampling_to_proto
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.rpc.v1 import replica_pb2 as rpb
+from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH
 from support.replica_client import RouterStream, replica_server
 
 LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
