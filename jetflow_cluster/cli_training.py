@@ -107,6 +107,7 @@ def distill(
 def _train_sidecar(
     config: DistillConfig, head_dir: Path, *, rank: int | None, minutes: float | None, device: str
 ) -> None:
+    from jetflow_cluster.training.calibration import calibration_rollouts, fit_sharpness
     from jetflow_cluster.training.sidecar_training import SideCarTrainingConfig, train_sidecar
 
     given: dict[str, Any] = {"rank": rank, "max_minutes": minutes}
@@ -114,7 +115,8 @@ def _train_sidecar(
     folder = train_sidecar(
         SideCarTrainingConfig(distill=config, head=head_dir, seed=config.seed, **chosen), device=device
     )
-    stdout.print(f"wrote the side-car in {folder}")
+    sharpness = fit_sharpness(folder, calibration_rollouts(config))
+    stdout.print(f"wrote the side-car in {folder}, sharpness {sharpness}")
 
 
 EVALUATE_EXAMPLES = (

@@ -131,6 +131,7 @@ class HeadDrafter:
             anchor_ids=anchor_ids,
             sampling=sampling,
             sidecar=self.sidecar.correction if self.sidecar is not None else None,
+            sharpness=self.sidecar.config.sharpness if self.sidecar is not None else 1.0,
         )
 
     def blocks(self, requests: Sequence[Request], depth: int) -> DraftBlocks:

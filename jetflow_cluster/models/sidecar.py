@@ -27,6 +27,8 @@ class SideCarConfig:
     target_fingerprint: str
     #: `fingerprint` of the head's weights.
     head_fingerprint: str
+    #: Exponent of the head's probabilities at depths 2 and deeper, for greedy requests.
+    sharpness: float = 1.0
 
 
 class SideCar(nn.Module):

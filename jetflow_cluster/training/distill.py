@@ -146,16 +146,17 @@ def prepare(config: DistillConfig, *, device: str = "cpu") -> tuple[Sequences, F
     return made, Features(made, config.target, config.taps(), config.temperature)
 
 
-def held_out_rollouts(config: DistillConfig, sequences: Sequences) -> Rollouts:
+def held_out_rollouts(config: DistillConfig, sequences: Sequences | None, *, spare: int | None = None) -> Rollouts:
     """Greedy texts behind prompts that no training step sees."""
     if config.source.is_dir():
         stream = read_streams(config.source, config.target, "validation")
         prompts = windows((stream or [])[:1] and [(stream[0][0], 1.0)], config.num_held_out, config.prompt_tokens, 7)  # type: ignore[index]
     else:
+        assert sequences is not None
         last = sequences.num_regenerated
         prompts = sequences.tokens[max(0, last - config.num_held_out) : last, : config.prompt_tokens]
     model = load_causal_lm(config.target, torch.float32)
-    spare = config.block_size - 1
+    spare = spare or config.block_size - 1
     return make_rollouts(model, prompts, num_tokens=config.held_out_tokens, spare=spare, tap_ids=config.taps())
 
 

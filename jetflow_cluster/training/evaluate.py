@@ -157,6 +157,7 @@ class _Comparison:
 
     def _gather(self, heads: dict[str, TrainableHead], sidecar: SideCar | None) -> None:
         texts = self._texts
+        is_greedy = texts.temperature == 0
         for p in range(texts.num_prompts):
             for name, head in heads.items():
                 logits = head_logits(head, texts, p)
@@ -172,6 +173,7 @@ class _Comparison:
                             width=width,
                             coupled=coupled,
                             sidecar=sidecar.correction if corrected and sidecar is not None else None,
+                            sharpness=sidecar.config.sharpness if corrected and is_greedy and sidecar else 1.0,
                         )
                         self._tables.setdefault((row, width), []).append(tables)
 

@@ -20,9 +20,9 @@ import torch
 from rich.console import Console
 
 from jetflow_cluster.training import corpus
+from jetflow_cluster.training.calibration import calibration_rollouts, fit_lookup_weights, fit_sharpness
 from jetflow_cluster.training.distill import DistillConfig, distill
 from jetflow_cluster.training.evaluate import EvaluateConfig, evaluate
-from jetflow_cluster.training.lookup_weights import fit_lookup_weights
 from jetflow_cluster.training.model_card import write_model_card
 from jetflow_cluster.training.pretrain import PretrainConfig, pretrain
 from jetflow_cluster.training.quality import measure_quality
@@ -71,7 +71,9 @@ def run(folder: Path, *, target_minutes: float, head_minutes: float, comparison_
         found = measure_quality(folder / "target", folder / "corpus")
         (folder / "quality.json").write_text(json.dumps(found, indent=1))
     if not (folder / "lookup_weights.json").exists():
-        (folder / "lookup_weights.json").write_text(json.dumps(fit_lookup_weights(config, head)))
+        rollouts = calibration_rollouts(config)
+        fit_sharpness(head, rollouts)
+        (folder / "lookup_weights.json").write_text(json.dumps(fit_lookup_weights(head, rollouts)))
     if not (folder / "evaluation" / "acceptance.json").exists():
         evaluate(evaluation_config(folder, head))
     if comparison_minutes and not (folder / "comparison" / "acceptance.json").exists():

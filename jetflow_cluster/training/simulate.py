@@ -112,6 +112,7 @@ def tables_along(
     width: int,
     coupled: bool = False,
     sidecar: Correction | None = None,
+    sharpness: float = 1.0,
 ) -> list[CandidateTable]:
     """A candidate table for every anchor of one prompt, from `head_logits`."""
     begin = rollouts.prompt_tokens
@@ -131,6 +132,7 @@ def tables_along(
             anchor_ids=anchors[part],
             sampling=sampling[part],
             sidecar=sidecar,
+            sharpness=sharpness,
         )
     return found
 

@@ -43,6 +43,7 @@ def candidate_tables(
     anchor_ids: Sequence[int],
     sampling: Sequence[DraftSampling | None],
     sidecar: Correction | None = None,
+    sharpness: float = 1.0,
 ) -> list[CandidateTable]:
     """One table per request, on the CPU.
 
@@ -58,13 +59,14 @@ def candidate_tables(
         anchor_ids: last committed token of each request. Depth 1 is the head's own, so they correct nothing.
         sampling: per request; None is greedy.
         sidecar: pairwise correction of the logits.
+        sharpness: factor of greedy requests' logits at depths 2 and deeper.
 
     Raises:
         ValueError: when the arguments do not fit each other.
     """
     _check(logits, width, anchor_ids, sampling)
     divisors = _divisors(sampling, logits.device)
-    logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    logprobs = _sharpened(logits, sampling, sharpness).log_softmax(-1)
     ids, scores = _marginal(logprobs, min(width, POOL_SIZE, logits.shape[2]), sampling, divisors)
     if sidecar is not None and logits.shape[1] > 1:
         scores = _conditional(ids, scores, sidecar, divisors)
@@ -86,6 +88,14 @@ def _check(
     for name, num in (("anchor_ids", len(anchor_ids)), ("sampling", len(sampling))):
         if num != num_requests:
             raise ValueError(f"{name} has {num} entries: must have one for each of {num_requests} requests")
+
+
+def _sharpened(logits: torch.Tensor, sampling: Sequence[DraftSampling | None], sharpness: float) -> torch.Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if sharpness == 1.0 or all(s is not None for s in sampling):
+        return logits
+    factors = [[1.0] + [1.0 if s is not None else sharpness] * (logits.shape[1] - 1) for s in sampling]
+    return logits * torch.tensor(factors, dtype=logits.dtype, device=logits.device).unsqueeze(2)
 
 
 def _divisors(sampling: Sequence[DraftSampling | None], device: torch.device) -> torch.Tensor | None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
+from jetflow_cluster.training.calibration import calibration_rollouts, fit_lookup_weights, fit_sharpness
 from jetflow_cluster.training.distill import DistillConfig, distill
-from jetflow_cluster.training.evaluate import EvaluateConfig, evaluate
+from jetflow_cluster.training.evaluate import EvaluateConfig, evaluate, read_sidecar
 from jetflow_cluster.training.regenerate import CORPUS_SHARES, load_tokenizer, read_streams
 from jetflow_cluster.training.sidecar_training import SideCarTrainingConfig, train_sidecar
+from jetflow_cluster.tree.lookup import LOOKUP_WEIGHTS
 from support.small_models import write_target
 
 
@@ -51,6 +53,11 @@ def test_a_head_is_trained_measured_and_served(config: DistillConfig, tmp_path: 
         distill=config, head=head, max_blocks=200, max_gather_minutes=0.02, max_minutes=0.02, batch_size=64
     )
     assert train_sidecar(sidecar) == head
+    rollouts = calibration_rollouts(config)
+    assert fit_sharpness(head, rollouts) == read_sidecar(head).config.sharpness
+    weights = fit_lookup_weights(head, rollouts)
+    assert [len(row) for row in weights] == [len(row) for row in LOOKUP_WEIGHTS]
+    assert all(0 < weight < 1 for row in weights for weight in row)
     prompts = tmp_path / "prompts.json"
     prompts.write_text('["' + "alpha beta gamma delta " * 3 + '", "' + "return delta ( ) " * 4 + '"]')
     found = evaluate(

@@ -33,9 +33,10 @@ def sampled(temperature: float, seed: int = 11, anchor_position: int = 40) -> Dr
     return DraftSampling(temperature=temperature, seed=seed, anchor_position=anchor_position)
 
 
-def slow_depth(logits: torch.Tensor, depth: int, width: int, sampling: DraftSampling | None):
+def slow_depth(logits: torch.Tensor, depth: int, width: int, sampling: DraftSampling | None, sharpness: float):
     """Ids of one depth's candidates with their log-probabilities, and the mass of all other tokens."""
-    logq = logits.double().log_softmax(-1)
+    factor = sharpness if sampling is None and depth > 1 else 1.0
+    logq = (factor * logits.double()).log_softmax(-1)
     ranked = sorted(range(len(logq)), key=lambda token: -logq[token].item())
     if sampling is None:
         scores = {token: logq[token].item() for token in ranked}
@@ -52,11 +53,11 @@ def slow_depth(logits: torch.Tensor, depth: int, width: int, sampling: DraftSamp
     return chosen, [scores[token] for token in chosen], rest
 
 
-def check_table(table: CandidateTable, logits, width, sampling, sidecar):
+def check_table(table: CandidateTable, logits, width, sampling, sidecar, sharpness=1.0):
     """Compares one request's table with the slow formulas."""
     depth, vocab = logits.shape
     width = min(width, vocab)
-    slow = [slow_depth(logits[d], d + 1, width, sampling) for d in range(depth)]
+    slow = [slow_depth(logits[d], d + 1, width, sampling, sharpness) for d in range(depth)]
     assert table.ids.dtype == torch.int64
     assert table.scores.dtype == torch.int32
     assert table.ids.tolist() == [ids for ids, _, _ in slow]
@@ -105,9 +106,11 @@ def test_greedy_and_sampled_in_one_batch(with_sidecar):
     logits = random_logits(5, 4, 90)
     sidecar = TableSideCar(90) if with_sidecar else None
     sampling = [sampled(1.0), None, sampled(0.5, seed=2**64 - 1, anchor_position=7), None, sampled(1.3, seed=0)]
-    tables = candidate_tables(logits, width=8, anchor_ids=ANCHORS[:5], sampling=sampling, sidecar=sidecar)
+    tables = candidate_tables(
+        logits, width=8, anchor_ids=ANCHORS[:5], sampling=sampling, sidecar=sidecar, sharpness=1.4
+    )
     for r, table in enumerate(tables):
-        check_table(table, logits[r], 8, sampling[r], sidecar)
+        check_table(table, logits[r], 8, sampling[r], sidecar, sharpness=1.4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

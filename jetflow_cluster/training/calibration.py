@@ -1,42 +1,77 @@
-"""Fits how much a guess from a request's own text is worth beside the draft head's (`tree/lookup.py`)."""
+"""Fits the few numbers that scale guesses, on texts that neither head nor side-car was trained on."""
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
-from jetflow_cluster.training.distill import DistillConfig
+from jetflow_cluster.models.sidecar import CONFIG_NAME
+from jetflow_cluster.training.distill import DistillConfig, held_out_rollouts
 from jetflow_cluster.training.evaluate import read_sidecar
 from jetflow_cluster.training.head_model import load_head
-from jetflow_cluster.training.regenerate import load_causal_lm, read_streams, windows
-from jetflow_cluster.training.simulate import Rollouts, head_logits, make_rollouts, tables_along
-from jetflow_cluster.tree.build import SCORE_UNIT, CandidateTable
+from jetflow_cluster.training.regenerate import Sequences
+from jetflow_cluster.training.simulate import Rollouts, head_logits, tables_along, walk
+from jetflow_cluster.tree.build import SCORE_UNIT, CandidateTable, build_trees
 from jetflow_cluster.tree.lookup import LOOKUP_WEIGHTS, MATCH_BOUNDS, MAX_LOOKUP_DEPTH, ContextIndex, ContextMatch
 
-_PROMPT_TOKENS, _NUM_TOKENS = 128, 96
-_WIDTH = 15
+#: Among these the sharpness of greedy guesses is chosen.
+SHARPNESS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.6)
+#: Nodes of the trees by which it is chosen.
+_NODES = 32
+_WIDTH = 16
 _ROUNDS = 100
 
 
-def fit_lookup_weights(config: DistillConfig, head_dir: Path, *, num_prompts: int = 240) -> list[list[float]]:
-    """The table `LOOKUP_WEIGHTS`, from greedy texts behind random windows of the validation files.
+def calibration_rollouts(config: DistillConfig, *, num_prompts: int = 240) -> Rollouts:
+    """Greedy texts of the target behind prompts that no training step saw."""
+    if not config.source.is_dir():
+        # Plain text has no validation files: rows that the head's training set aside.
+        return held_out_rollouts(config, Sequences(config.sequences_dir), spare=MAX_LOOKUP_DEPTH)
+    wanted = replace(config, num_held_out=num_prompts, prompt_tokens=128, held_out_tokens=96)
+    return held_out_rollouts(wanted, None, spare=MAX_LOOKUP_DEPTH)
+
+
+def fit_sharpness(head_dir: Path, rollouts: Rollouts) -> float:
+    """The exponent of greedy guesses beside a side-car that yields the longest acceptance; written to its config.
+
+    A head that guesses a depth without knowing the token before spreads over what may follow any of them. Behind one
+    of them, which the side-car knows, the guess is sharper.
+    """
+    head, sidecar = load_head(head_dir), read_sidecar(head_dir)
+    if sidecar is None:
+        raise ValueError(f"{head_dir} holds no side-car")
+    tables: dict[float, list[list[CandidateTable]]] = {sharpness: [] for sharpness in SHARPNESS}
+    for p in range(rollouts.num_prompts):
+        logits = head_logits(head, rollouts, p)
+        for sharpness, found in tables.items():
+            found.append(
+                tables_along(logits, rollouts, p, width=_WIDTH, sidecar=sidecar.correction, sharpness=sharpness)
+            )
+    lengths = {}
+    for sharpness, found in tables.items():
+
+        def draft(p: int, at: int, nodes: int, found: Any = found) -> Any:
+            return build_trees([found[p][at]], [0], max_nodes=[nodes], max_depths=[head.config.block_size - 1])[0]
+
+        lengths[sharpness] = walk(rollouts, draft, (_NODES,)).mean()[0]
+    best = max(lengths, key=lengths.__getitem__)
+    path = head_dir / CONFIG_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sharpness": best}, indent=1))
+    return best
+
+
+def fit_lookup_weights(head_dir: Path, rollouts: Rollouts) -> list[list[float]]:
+    """The table `LOOKUP_WEIGHTS`.
 
     Each weight maximizes the likelihood of what came under ``(1 - weight) * candidates + weight * guess``
     (expectation maximization), over all places where the guesses above it were right.
     """
     head, sidecar = load_head(head_dir), read_sidecar(head_dir)
-    streams = read_streams(config.source, config.target, "validation") or []
-    prompts = windows([(streams[0][0], 1.0)], num_prompts, _PROMPT_TOKENS, 11)
-    rollouts = make_rollouts(
-        load_causal_lm(config.target, torch.float32),
-        prompts.astype(np.int64),
-        num_tokens=_NUM_TOKENS,
-        spare=MAX_LOOKUP_DEPTH,
-        tap_ids=head.config.target_layer_ids,
-    )
     seen: dict[tuple[int, int], list[tuple[float, bool]]] = {}
     for p in range(rollouts.num_prompts):
         tables = tables_along(
@@ -45,6 +80,7 @@ def fit_lookup_weights(config: DistillConfig, head_dir: Path, *, num_prompts: in
             p,
             width=_WIDTH,
             sidecar=sidecar.correction if sidecar is not None else None,
+            sharpness=sidecar.config.sharpness if sidecar is not None else 1.0,
         )
         _note(rollouts, p, tables, seen)
     num_columns = len(LOOKUP_WEIGHTS[0])
