@@ -222,13 +222,16 @@ def test_distill_passes_on_what_was_given_and_no_more(
 def test_distill_of_a_sidecar_takes_the_head_s_taps(
     tiny_target_dir: Path, tiny_head_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jetflow_cluster.training import sidecar_training
+    from jetflow_cluster.training import calibration, sidecar_training
 
     seen: list[Any] = []
+    monkeypatch.setattr(calibration, "calibration_rollouts", lambda config: config)
+    monkeypatch.setattr(calibration, "fit_sharpness", lambda folder, rollouts: 1.5)
     monkeypatch.setattr(sidecar_training, "train_sidecar", lambda config, device: seen.append(config) or tmp_path)
     model = ["--model", str(tiny_target_dir), "--draft-head", str(tiny_head_dir)]
     result = invoke("distill", "text.txt", "-o", str(tmp_path), "--sidecar", "--rank", "8", *model)
     assert result.exit_code == 0, result.output
+    assert "sharpness 1.5" in result.output
     (config,) = seen
     head = json.loads((tiny_head_dir / "config.json").read_text())
     assert list(config.distill.target_layer_ids) == head["dflash_config"]["target_layer_ids"]

@@ -2,76 +2,22 @@
 
 from __future__ import annotations
 
-import random
+from typing import Any
 
 import pytest
 import torch
 
-from jetflow_kernels.tree_attention import plan_tree_attention, tree_attention, tree_attention_reference
-
-#: Rows, context length, and shape of each request.
-Requests = list[tuple[int, int, str]]
-
-BATCHES: dict[str, Requests] = {
-    "one-token-no-context": [(1, 0, "chain")],
-    "one-token": [(1, 33, "chain")],
-    "tokens-of-equal-length": [(1, 20, "chain")] * 3,
-    "tokens-of-odd-lengths": [(1, 0, "chain"), (1, 16, "chain"), (1, 41, "chain")],
-    "one-tree": [(16, 37, "tree")],
-    "tree-without-context": [(9, 0, "tree")],
-    "trees-of-odd-sizes": [(2, 1, "tree"), (16, 31, "tree"), (33, 5, "tree")],
-    "prompt-chunk": [(40, 8, "chain")],
-    "everything": [(50, 3, "chain"), (1, 17, "chain"), (12, 30, "tree"), (1, 0, "chain"), (7, 64, "tree")],
-    "page-borders": [(16, 16, "tree"), (1, 31, "chain"), (17, 15, "chain")],
-}
+from jetflow_kernels.tree_attention import plan_tree_attention, tree_attention
+from support.attention_batches import BATCHES, Requests, make_case
 
 
-def _parents(shape: str, count: int, rng: random.Random) -> list[int]:
-    return list(range(-1, count - 1)) if shape == "chain" else [-1] + [rng.randrange(i) for i in range(1, count)]
-
-
-def _compare(
-    requests: Requests,
-    *,
-    heads: tuple[int, int] = (4, 2),
-    head_dim: int = 16,
-    page_size: int = 16,
-    dtype: torch.dtype = torch.float64,
-    pages_dtype: torch.dtype | None = None,
-    bidirectional: bool = False,
-    consecutive: bool = False,
-    tolerance: float = 1e-12,
-) -> None:
-    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
-    counts = [-(-(rows + context) // page_size) for rows, context, _ in requests]
-    ids = list(range(sum(counts) + 2))
-    if not consecutive:
-        rng.shuffle(ids)
-    shape = (len(ids), page_size, heads[1], head_dim)
-    k, v = (torch.full(shape, float("nan"), dtype=pages_dtype or dtype) for _ in range(2))
-    table = torch.zeros(len(requests), max(counts), dtype=torch.int32)
-    parents: list[int] = []
-    for r, (rows, context, kind) in enumerate(requests):
-        pages = [ids.pop(0) for _ in range(counts[r])]
-        table[r, : counts[r]] = torch.tensor(pages, dtype=torch.int32)
-        for slot in range(rows + context):
-            for pages_of in (k, v):
-                value = torch.randn(heads[1], head_dim, generator=generator, dtype=torch.float64)
-                pages_of[pages[slot // page_size], slot % page_size] = value.to(dtype)
-        parents += _parents(kind, rows, rng)
-    plan = plan_tree_attention(
-        query_lens=[rows for rows, _, _ in requests],
-        context_lens=[context for _, context, _ in requests],
-        page_table=table,
-        parents=torch.tensor(parents, dtype=torch.int32),
-        page_size=page_size,
-        bidirectional=bidirectional,
-    )
-    q = torch.randn(len(parents), heads[0], head_dim, generator=generator, dtype=torch.float64).to(dtype)
-    expected = tree_attention_reference(plan, q.double(), k.double(), v.double(), scale=head_dim**-0.5)
+def _compare(requests: Requests, *, tolerance: float = 1e-12, **shape: Any) -> None:
+    case = make_case(requests, **shape)
+    scale = case.q.shape[2] ** -0.5
+    expected = case.expected()
     for _ in range(2):
-        out = tree_attention(plan, q, k, v, scale=head_dim**-0.5)
-        assert out.dtype == dtype
+        out = tree_attention(case.plan, case.q, case.k_pages, case.v_pages, scale=scale)
+        assert out.dtype == case.q.dtype
         torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from jetflow_kernels.tree_attention.cpu import tree_attention_cpu
 from jetflow_kernels.tree_attention.plan import TreeAttentionPlan
 
 _HALF = (torch.bfloat16, torch.float16)
-#: `cpu.py` is plain torch, so it serves CUDA as well.
-_IMPLEMENTATIONS = {"cpu": tree_attention_cpu, "cuda": tree_attention_cpu}
+_DEVICES = ("cpu", "cuda")
+
+
+def _is_for_triton(q: torch.Tensor, k_pages: torch.Tensor) -> bool:
+    """fp64, and half queries beside fp32 pages, stay with plain torch, which serves every device."""
+    is_there = q.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return is_there and q.dtype == k_pages.dtype and q.dtype != torch.float64
 
 
 def tree_attention(
@@ -33,9 +40,8 @@ def tree_attention(
         ValueError: shapes that do not fit the plan, or tensors of different dtypes or devices.
         NotImplementedError: a device that nothing here serves; the message names it.
     """
-    run = _IMPLEMENTATIONS.get(q.device.type)
-    if run is None:
-        served = ", ".join(_IMPLEMENTATIONS)
+    if q.device.type not in _DEVICES:
+        served = ", ".join(_DEVICES)
         raise NotImplementedError(f"tree_attention does not run on device {str(q.device)!r}, only on: {served}")
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[2]
@@ -52,4 +58,8 @@ def tree_attention(
             f"q is {q.dtype} on {q.device}, k_pages {k_pages.dtype} on {k_pages.device}, "
             f"v_pages {v_pages.dtype} on {v_pages.device}"
         )
-    return run(plan, q, k_pages, v_pages, scale=scale)
+    if _is_for_triton(q, k_pages):
+        from jetflow_kernels.tree_attention.kernel import tree_attention_triton
+
+        return tree_attention_triton(plan, q, k_pages, v_pages, scale=scale)
+    return tree_attention_cpu(plan, q, k_pages, v_pages, scale=scale)
