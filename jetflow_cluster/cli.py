@@ -304,11 +304,27 @@ bench_app.command("serve", epilog="Example:\n\n  jetflow bench serve --output ou
 
 
 @app.command()
-def doctor(as_json: opt.AsJson = False) -> None:
-    """Tell versions, devices, the embedded model, and what would run here."""
+def doctor(
+    model: opt.Model = None,
+    draft_head: opt.DraftHead = None,
+    dtype: opt.ComputeType = opt.DType.AUTO,
+    device: opt.Device = "auto",
+    max_model_len: opt.MaxModelLen = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Tell versions, devices, the embedded model, what would run here, and what memory it would take."""
     from jetflow_cluster.bench.doctor import examine, print_report
+    from jetflow_cluster.config import EngineConfig
 
-    report = examine()
+    report = examine(
+        EngineConfig(
+            model=model,
+            draft_head=draft_head,
+            dtype=dtype.value,
+            device=device,
+            max_model_len=max_model_len,
+        )
+    )
     if as_json:
         typer.echo(json.dumps(report))
     else:

@@ -11,14 +11,20 @@ from rich.table import Table
 from jetflow_cluster import __version__
 from jetflow_cluster.bench.machine import describe_machine
 from jetflow_cluster.bench.prompts import DEFAULT_CHECKPOINT, HELD_OUT_PROMPTS
+from jetflow_cluster.config import EngineConfig
 
 
-def examine() -> dict[str, Any]:
-    """Everything that is shown, as plain JSON values. Imports torch, loads no model."""
+def examine(config: EngineConfig | None = None) -> dict[str, Any]:
+    """Everything that is shown, as plain JSON values. Imports torch, loads no model.
+
+    Args:
+        config: of the engine whose memory is planned; None is the default.
+    """
     import torch
 
     machine = describe_machine()
     has_gpu = torch.cuda.is_available()
+    plan = _memory_plan(config or EngineConfig())
     checkpoints = {name: _folder_bytes(DEFAULT_CHECKPOINT / name) for name in ("target", "draft_head")}
     return {
         "version": __version__,
@@ -33,7 +39,8 @@ def examine() -> dict[str, Any]:
             "attention": "PyTorch on the GPU" if has_gpu else "PyTorch on the CPU",
             "threads": torch.get_num_threads(),
         },
-        "warnings": _warnings(machine, checkpoints, has_gpu=has_gpu),
+        "memory_plan": plan,
+        "warnings": _warnings(machine, checkpoints, has_gpu=has_gpu) + ([plan["refused"]] if "refused" in plan else []),
     }
 
 
@@ -55,10 +62,39 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table.add_row("side-car", "yes" if embedded["has_sidecar"] else "no")
     table.add_row("would run on", f"{run['device']}, {run['threads']} threads, attention by {run['attention']}")
     console.print(table)
+    if "lines" in report["memory_plan"]:
+        console.print(_memory_table(report["memory_plan"]))
     for warning in report["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {warning}")
     if not report["warnings"]:
         console.print("[green]nothing to complain about[/green]")
+
+
+def _memory_plan(config: EngineConfig) -> dict[str, Any]:
+    """What an engine would hold, or why it would not start."""
+    from jetflow_cluster.engine.planned_memory import plan_memory
+
+    try:
+        plan = plan_memory(config)
+    except (ValueError, FileNotFoundError) as error:
+        return {"refused": str(error)}
+    return {
+        "lines": [{"name": line.name, "num_bytes": line.num_bytes, "detail": line.detail} for line in plan.lines()],
+        "total_bytes": plan.total_bytes,
+        "available_bytes": plan.available_bytes,
+        "num_pages": plan.num_pages,
+    }
+
+
+def _memory_table(plan: dict[str, Any]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("memory of an engine")
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("of which")
+    for line in plan["lines"]:
+        table.add_row(line["name"], _size(line["num_bytes"]), line["detail"])
+    table.add_row("together", _size(plan["total_bytes"]), f"of {_size(plan['available_bytes'])} free", style="bold")
+    return table
 
 
 def _warnings(machine: dict[str, Any], checkpoints: dict[str, int], *, has_gpu: bool) -> list[str]:

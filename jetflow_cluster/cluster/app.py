@@ -19,7 +19,7 @@ from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.directory import REPORT_S, Directory, Members
 from jetflow_cluster.cluster.replica_actors import ReplicaActors
 from jetflow_cluster.cluster.shard import die
-from jetflow_cluster.engine.loading import checkpoints
+from jetflow_cluster.engine.resolve import checkpoints
 from jetflow_cluster.router.config import RouterConfig
 from jetflow_cluster.router.server import RouterServer
 

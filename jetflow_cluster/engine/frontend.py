@@ -17,6 +17,7 @@ from jetflow_cluster.engine.budget import BudgetTable
 from jetflow_cluster.engine.detokenizer import IncrementalDetokenizer
 from jetflow_cluster.engine.engine import Engine, build_planned_trees
 from jetflow_cluster.engine.loading import DrafterFactory, LoadedEngine, load_engine
+from jetflow_cluster.engine.memory_plan import MemoryPlan
 from jetflow_cluster.engine.protocols import TreeBuilder
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.warmup import warm_up
@@ -62,6 +63,8 @@ class EngineFrontend:
         self.tokenizer: Tokenizer | None = loaded.tokenizer
         self.max_model_len = loaded.max_model_len
         self.target_dir: Path = loaded.target_dir
+        #: What this rank holds on its device.
+        self.memory: MemoryPlan = loaded.memory
         self._loaded: LoadedEngine = loaded
         self._arrivals = itertools.count()
         self._chat_tokenizer: Any = None

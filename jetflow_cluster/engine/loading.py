@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 
-from jetflow_cluster.cache.kv_cache import available_memory_bytes, bytes_per_page, kv_dtype
 from jetflow_cluster.cache.page_pool import PagePool
 from jetflow_cluster.cache.prefix_cache import PrefixCache
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.engine import Engine, build_planned_trees
 from jetflow_cluster.engine.lookup import ContextLookup
+from jetflow_cluster.engine.memory_plan import MemoryPlan
+from jetflow_cluster.engine.planned_memory import plan_draft_worker, plan_memory
 from jetflow_cluster.engine.protocols import BudgetPolicy, Drafter, FixedBudget, TreeBuilder
+from jetflow_cluster.engine.resolve import (
+    checkpoints,
+    compute_device,
+    compute_draft_dtype,
+    compute_dtype,
+    max_model_len,
+)
 from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.engine.tensor_parallel import Follower, LeadingDrafter, LeadingTarget
@@ -27,17 +35,13 @@ from jetflow_cluster.models.loader import (
     load_sidecar,
     load_target,
     load_target_ends,
-    resolve_checkpoint,
 )
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.models.sidecar import SideCar
-from jetflow_cluster.models.target_ends import TargetEnds
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
 
-DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default"
-#: Share of the free memory that an unsized KV cache may take.
-KV_MEMORY_SHARE = 0.3
+_log = logging.getLogger(__name__)
 
 #: Makes a drafter for ``(target, num_pages, page_size)``.
 DrafterFactory = Callable[[TargetModel, int, int], Drafter]
@@ -53,6 +57,8 @@ class LoadedEngine:
     target_dir: Path
     max_model_len: int
     eos_token_ids: frozenset[int]
+    #: What this rank holds on its device.
+    memory: MemoryPlan
 
 
 def load_engine(
@@ -111,6 +117,7 @@ def load_engine(
         target_dir=parts.target_dir,
         max_model_len=parts.max_model_len,
         eos_token_ids=frozenset(target.config.eos_token_ids),
+        memory=parts.memory,
     )
 
 
@@ -141,12 +148,11 @@ def load_draft_worker(config: EngineConfig, *, num_pages: int) -> HeadDrafter:
     target_dir, head_dir = checkpoints(config)
     if head_dir is None:
         raise ValueError("draft_head = None: a draft worker needs a head")
-    device = torch.device(_device(config.device))
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    ends = load_target_ends(target_dir, dtype=dtype, device=device)
-    head = load_draft_head(
-        head_dir, ends.config, dtype=_draft_dtype(config.draft_dtype, ends), device=device, tp=TpGroup.single()
-    )
+    device = compute_device(config)
+    _log.info("memory of a draft worker\n%s", plan_draft_worker(config, num_pages).text())
+    ends = load_target_ends(target_dir, dtype=compute_dtype(config), device=device)
+    dtype = compute_draft_dtype(config, ends.dtype, device)
+    head = load_draft_head(head_dir, ends.config, dtype=dtype, device=device, tp=TpGroup.single())
     sidecar = load_sidecar(head_dir, ends, device=device)
     return HeadDrafter(head, sidecar, ends, num_pages=num_pages, page_size=config.page_size)
 
@@ -161,7 +167,7 @@ def load_draft_fuser(config: EngineConfig, target: TargetModel) -> DraftFuser:
     _, head_dir = checkpoints(config)
     if head_dir is None:
         raise ValueError("draft_head = None: dedicated draft workers need a head")
-    dtype = _draft_dtype(config.draft_dtype, target)
+    dtype = compute_draft_dtype(config, target.dtype, target.device)
     return load_fuser(head_dir, target, dtype=dtype, device=target.device)
 
 
@@ -174,7 +180,12 @@ class _Parts:
     sidecar: SideCar | None
     target_dir: Path
     max_model_len: int
-    num_pages: int
+    memory: MemoryPlan
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the KV cache, on every rank."""
+        return self.memory.num_pages
 
     def drafter(self, page_size: int) -> HeadDrafter:
         assert self.head is not None
@@ -199,17 +210,13 @@ def _load_parts(config: EngineConfig, tp: TpGroup, *, with_head: bool) -> _Parts
             "an in-process engine has 1"
         )
     target_dir, head_dir = checkpoints(config)
-    device = torch.device(_device(config.device))
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    target = load_target(target_dir, dtype=dtype, device=device, tp=tp)
-    limit = target.config.max_position_embeddings
-    max_model_len = config.max_model_len or limit
-    if max_model_len > limit:
-        raise ValueError(f"max_model_len = {max_model_len}: the model's limit is {limit}")
-    num_pages = tp.smallest(config.num_pages or _plan_pages(config, max_model_len, target))
+    device = compute_device(config)
+    memory = plan_memory(config, tp, with_head=with_head)
+    _log.info("memory of rank %d\n%s", tp.rank, memory.text())
+    target = load_target(target_dir, dtype=compute_dtype(config), device=device, tp=tp)
     head, sidecar = None, None
     if with_head and head_dir is not None:
-        draft_dtype = _draft_dtype(config.draft_dtype, target)
+        draft_dtype = compute_draft_dtype(config, target.dtype, device)
         head = load_draft_head(head_dir, target, dtype=draft_dtype, device=device, tp=tp)
         sidecar = load_sidecar(head_dir, target, device=device)
     return _Parts(
@@ -217,52 +224,6 @@ def _load_parts(config: EngineConfig, tp: TpGroup, *, with_head: bool) -> _Parts
         head=head,
         sidecar=sidecar,
         target_dir=target_dir,
-        max_model_len=max_model_len,
-        num_pages=num_pages,
+        max_model_len=max_model_len(config, target.config),
+        memory=memory,
     )
-
-
-def checkpoints(config: EngineConfig) -> tuple[Path, Path | None]:
-    """Folders of target and draft head; what is no folder is fetched."""
-    if config.model is not None:
-        head = resolve_checkpoint(config.draft_head) if config.draft_head is not None else None
-        return resolve_checkpoint(config.model), head
-    target = DEFAULT_CHECKPOINT / "target"
-    if not target.is_dir():
-        raise FileNotFoundError(f"model = None: the embedded default is not installed at {target}")
-    head = resolve_checkpoint(config.draft_head) if config.draft_head else DEFAULT_CHECKPOINT / "draft_head"
-    return target, head
-
-
-def _draft_dtype(name: str, target: TargetEnds) -> torch.dtype:
-    if name != "auto":
-        found: torch.dtype = getattr(torch, name)
-        return found
-    has_bf16 = target.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if has_bf16 and target.dtype is torch.float32 else target.dtype
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _plan_pages(config: EngineConfig, max_model_len: int, target: TargetModel) -> int:
-    """Pages for the largest batch, or for a share of the free memory where that is less."""
-    page_bytes = bytes_per_page(
-        num_layers=target.config.num_layers,
-        page_size=config.page_size,
-        num_kv_heads=target.num_local_kv_heads,
-        head_dim=target.config.head_dim,
-        dtype=kv_dtype(target.dtype, target.device),
-    )
-    per_request = -(-max_model_len // config.page_size)
-    # The draft context mirrors the pages; its share of bytes is small beside the target's.
-    affordable = int(available_memory_bytes(target.device) * KV_MEMORY_SHARE) // page_bytes
-    if affordable < per_request:
-        raise ValueError(
-            f"num_pages = None: one request of {max_model_len} tokens needs {per_request} pages of {page_bytes} bytes, "
-            f"the free memory allows {affordable}; lower max_model_len"
-        )
-    return min(per_request * config.max_num_requests, affordable)

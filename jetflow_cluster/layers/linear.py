@@ -23,15 +23,19 @@ _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 _LAYOUT_ROWS = 64
 
 
+def is_packable(weight: torch.Tensor, device: torch.device) -> bool:
+    """True when a weight of this shape and dtype, on this device, would be laid out by `pack`."""
+    has_layouts = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return device.type == "cpu" and weight.dtype in _PACKED_DTYPES and 0 not in weight.shape and has_layouts
+
+
 def pack(weight: torch.Tensor) -> torch.Tensor | None:
     """A weight ``[out_size, in_size]`` in oneDNN's own layout, or None where there is none for it.
 
     On CPUs products with it take half the time of `torch.nn.functional.linear` and less, in fp32 and for few rows most
     of all, and a row's result does not depend on how many rows are computed with it.
     """
-    if not weight.is_cpu or weight.dtype not in _PACKED_DTYPES or not torch.backends.mkldnn.is_available():
-        return None
-    if 0 in weight.shape or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not is_packable(weight, weight.device):
         return None
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _LAYOUT_ROWS)
     return packed

@@ -148,6 +148,12 @@ def load_sidecar(folder: Path, target: TargetEnds, *, device: torch.device) -> S
     return SideCar(config, parent, child)
 
 
+def sidecar_rank(folder: Path) -> int:
+    """Columns of the side-car beside a head; 0 when there is none."""
+    path = folder / CONFIG_NAME
+    return int(read_json(path)["rank"]) if path.exists() else 0
+
+
 def _target_fingerprint(target: TargetEnds) -> str:
     """Of the stored embedding: a rank holds a part of it only, and perhaps in another dtype."""
     if target.checkpoint_dir is None:

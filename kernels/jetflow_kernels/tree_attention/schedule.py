@@ -12,7 +12,7 @@ from jetflow_kernels.tree_attention.plan import TreeAttentionPlan
 #: From this many bytes of K on, reading a view of consecutive pages beats gathering in company.
 _VIEW_BYTES = 256 * 1024
 #: Most bytes of K, per thread, that one call gathers: what stays in a core's cache until it is read.
-_GATHER_BYTES = 2 * 1024 * 1024
+GATHER_BYTES = 2 * 1024 * 1024
 #: Requests share a call while their keys, padded to the longest, are at most this factor and this many more.
 _KEY_FACTOR, _KEY_MARGIN = 1.5, 32
 #: Most rows of one request in one call: a chunk's first rows need not look at its last keys.
@@ -120,7 +120,7 @@ def _partition(plan: TreeAttentionPlan, layout: Layout, first_slots: list[int | 
             bool(last)
             and sizes[request] == sizes[last[0]]
             and num_keys <= _KEY_FACTOR * key_lens[last[0]] + _KEY_MARGIN
-            and (len(last) + 1) * num_keys * key_bytes <= _GATHER_BYTES * num_threads
+            and (len(last) + 1) * num_keys * key_bytes <= GATHER_BYTES * num_threads
         )
         if not fits:
             last = []
