@@ -20,7 +20,7 @@ from typing import Any
 #: Compute capabilities that are compiled for, with the bytes of shared memory that one block may use.
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 #: Ops that have a kernel.
-OPS = ("tree_attention",)
+OPS = ("tree_attention", "build_tree")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
