@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from jetflow_cluster.layers.embedding import ParallelLmHead
-from jetflow_cluster.layers.linear import Linear
+from jetflow_cluster.layers.linear import Linear, Piece
 from jetflow_cluster.models.config import TargetConfig, read_json
 from jetflow_cluster.models.draft_head import DraftFuser, DraftHead, DraftHeadConfig, head_config_json
+from jetflow_cluster.models.progress import LoadProgress
 from jetflow_cluster.models.registry import TARGETS, TargetModel
 from jetflow_cluster.models.sidecar import CONFIG_NAME, WEIGHTS_NAME, SideCar, SideCarConfig, fingerprint
 from jetflow_cluster.models.target_ends import TargetEnds
@@ -217,9 +218,16 @@ def _fill(
         if device.type != "meta":
             model.to_empty(device=device)
             with torch.no_grad():
-                for name, _, slices, destination in model.pieces():
-                    destination.copy_(stored.read(name, slices))
+                _read_pieces(list(model.pieces()), stored, folder)
             for module in model.modules():
                 if isinstance(module, (Linear, ParallelLmHead)):
                     module.pack()
     model.eval()
+
+
+def _read_pieces(pieces: Sequence[Piece], stored: StoredTensors, folder: Path) -> None:
+    progress = LoadProgress(str(folder), sum(destination.nbytes for *_, destination in pieces))
+    for name, _, slices, destination in pieces:
+        destination.copy_(stored.read(name, slices))
+        progress.loaded(destination.nbytes)
+    progress.end()

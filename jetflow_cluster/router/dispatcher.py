@@ -19,9 +19,6 @@ from jetflow_cluster.types import InvalidRequestError
 if TYPE_CHECKING:
     from jetflow_cluster.router.routed_request import RoutedRequest
 
-#: Told of a replica and a request that goes there; returns what is to be called when it ended.
-Lease = Callable[[str, str], Callable[[], None]]
-
 
 class Dispatcher:
     """The state that all requests of a router share. Belongs to one event loop.
@@ -29,14 +26,13 @@ class Dispatcher:
     Args:
         config: of the router.
         on_change: called when replicas become able or unable to serve.
-        lease: accounts for requests outside of the router; it must not block.
     """
 
-    def __init__(self, config: RouterConfig, *, on_change: Callable[[], None], lease: Lease | None = None):
+    def __init__(self, config: RouterConfig, *, on_change: Callable[[], None]):
         self.config = config
         self.admission = Admission(config)
         self.replicas = ReplicaSet(config, on_change=self._note_change, on_freed=self.admission.freed)
-        self._on_change, self._lease = on_change, lease
+        self._on_change = on_change
         self._ids = RequestIds(config.router_id)
         self._requests: set[RoutedRequest] = set()
         self._named: dict[str, RoutedRequest] = {}
@@ -119,8 +115,6 @@ class Dispatcher:
         num_output_tokens = num_tokens - len(delivery.prompt_token_ids)
         flight = link.submit(submit, inbox, num_output_tokens=num_output_tokens)
         self.replicas.prefixes.record(link.replica_id, page_keys)
-        if self._lease is not None:
-            flight.on_end = self._lease(link.replica_id, wire_id)
         return flight
 
     def _note_change(self) -> None:

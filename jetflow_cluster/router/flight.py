@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from jetflow_cluster.router.inbox import Inbox
@@ -22,7 +21,7 @@ class Flight:
         num_output_tokens: most tokens of output still to come.
     """
 
-    __slots__ = ("_is_released", "_num_prompt_tokens", "inbox", "is_over", "link", "on_end", "tokens_left", "wire_id")
+    __slots__ = ("_is_released", "_num_prompt_tokens", "inbox", "is_over", "link", "tokens_left", "wire_id")
 
     def __init__(
         self, *, link: ReplicaLink, wire_id: str, inbox: Inbox, num_prompt_tokens: int, num_output_tokens: int
@@ -32,8 +31,6 @@ class Flight:
         self.tokens_left = num_prompt_tokens + num_output_tokens
         #: True when the replica has nothing of the request any more.
         self.is_over = False
-        #: Called once, behind the release.
-        self.on_end: Callable[[], None] | None = None
         self._num_prompt_tokens = num_prompt_tokens
         self._is_released = False
 
@@ -63,5 +60,3 @@ class Flight:
         if not self._is_released:
             self._is_released = True
             self.link.release(self)
-            if self.on_end is not None:
-                self.on_end()

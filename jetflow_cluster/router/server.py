@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jetflow_cluster.router.config import RouterConfig
-from jetflow_cluster.router.dispatcher import Dispatcher, Lease
+from jetflow_cluster.router.dispatcher import Dispatcher
 from jetflow_cluster.router.health import HealthServicer
 from jetflow_cluster.router.peers import Peers
 from jetflow_cluster.router.servicer import InferenceServicer
@@ -35,19 +35,17 @@ class RouterServer:
 
     Args:
         config: of the router.
-        lease: told of each request that goes to a replica, with the replica's name and the request's id there; what it
-            returns is called when the request left the replica. It must not block.
 
     Raises:
         FileNotFoundError: `config.tokenizer` names no tokenizer.
     """
 
-    def __init__(self, config: RouterConfig, *, lease: Lease | None = None):
+    def __init__(self, config: RouterConfig):
         self.config = config
         #: Where it listens, once it was started.
         self.port = 0
         self._health = HealthServicer(["", SERVICE])
-        self._dispatcher = Dispatcher(config, on_change=self._note_change, lease=lease)
+        self._dispatcher = Dispatcher(config, on_change=self._note_change)
         self._peers = Peers(config.router_id)
         self._codec = TextCodec(config.tokenizer) if config.tokenizer is not None else None
         self._servicer = InferenceServicer(self._dispatcher, self._peers, self._codec)

@@ -52,7 +52,7 @@ def test_calls_cancelled_right_after_a_delta_leave_nothing() -> None:
             await made.is_clean()
             submitted = {submit.request_id for replica in made.replicas for submit in replica.submits}
             aborted = {name for replica in made.replicas for name in replica.aborts}
-            assert len(submitted) == made.num_leases == 200 and aborted == submitted
+            assert len(submitted) == made.num_submits == 200 and aborted == submitted
 
     run(test)
 
@@ -77,7 +77,7 @@ def test_a_cancelled_call_ends_on_the_replica(moment: str) -> None:
             call.cancel()
             if moment == "waiting":
                 await until(lambda: made.routers[0].server.num_running == 1)
-                assert made.num_leases == 1 and made.routers[0].server.load().num_queued == 0
+                assert made.num_submits == 1 and made.routers[0].server.load().num_queued == 0
                 ahead.cancel()
             await made.is_clean()
 
@@ -208,7 +208,7 @@ def test_the_queue_is_bounded_and_serves_in_order() -> None:
             for index in range(4):
                 tasks.append(asyncio.create_task(one(index)))
                 await until(lambda n=index: made.routers[0].server.num_running == n + 1)
-                await until(lambda n=index: made.num_leases + made.routers[0].server.load().num_queued == n + 1)
+                await until(lambda n=index: made.num_submits + made.routers[0].server.load().num_queued == n + 1)
             error = await failure(stream(made.stub, request(30)))
             assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after_s
             error = await failure(stream(made.stub, request(1, timeout_ms=1)))
