@@ -2,14 +2,29 @@
 
 Best-first search: a node that is taken offers its first child and its next sibling (as in DDTree and OPT-Tree). Both
 come behind it in the order, so nodes are taken in that order and the result is exact.
+
+How many nodes are taken may be left to a price. With R trees, ``v`` the probability of a node (the tokens that it is
+expected to add) and ``cost(n)`` the time of a whole step with n rows, the set of nodes is chosen that maximises
+
+    ``(R + sum of v) / cost(R + number of nodes)``,
+
+the tokens per second of the step. Among sets of m nodes that hold the parent of each of their nodes none has a greater
+sum than the first m of the best-first order: no set of m nodes has, and the first m are such a set, since a child is
+worth no more than its parent. So the best set is the best of these prefixes, whatever the shape of ``cost``; a single
+token, a chain, and no speculation at all are among them. At the optimum a node is worth at least its marginal cost at
+the rate of tokens per second that is reached, and what is left out is worth less (Dinkelbach's condition). Values are
+integers, ratios are compared by cross multiplication, and of equal ones the smaller set is taken, so that every device
+chooses alike.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 
+import numpy as np
 import torch
 
 from jetflow_cluster.tree.draft_tree import DraftTree
@@ -18,6 +33,14 @@ from jetflow_cluster.tree.draft_tree import DraftTree
 SCORE_UNIT = 2**16
 #: Worst score of one step, 256 nats: 64 steps of it stay within int32.
 MIN_SCORE = -(2**24)
+#: Fixed-point units per expected token.
+VALUE_UNIT = 2**24
+#: Units of score per entry of `VALUE_TABLE`, as a shift: 2^-8 nat.
+VALUE_SHIFT = 8
+#: Expected tokens of a node by its score, ``[min(-score >> VALUE_SHIFT, last)]``, over 24 nats.
+VALUE_TABLE = tuple(round(VALUE_UNIT * math.exp(-i / 256)) for i in range(24 * 256))
+#: Nodes between two looks at whether more of them could still pay.
+_LOOK_EVERY = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +75,8 @@ def build_trees(
     max_nodes: Sequence[int],
     max_depths: Sequence[int],
     verify_budget: int | None = None,
+    biases: Sequence[int] | None = None,
+    row_costs: np.ndarray | None = None,
 ) -> list[DraftTree]:
     """The most probable prefixes of all requests together, nodes of each tree best first.
 
@@ -64,20 +89,34 @@ def build_trees(
         max_nodes: most nodes of each tree, the root included.
         max_depths: deepest node of each tree.
         verify_budget: most nodes of all trees together, roots included; None is no limit.
+        biases: added to the scores of each request where requests are compared with each other and with the price,
+            fixed point; the order inside a tree and its scores are the same with any. None is 0 for all.
+        row_costs: int64, ``row_costs[n]`` is what the step costs with n nodes in all trees together, roots included, in
+            any unit, above 0 and non-decreasing, for n up to the budget at least; None takes as many nodes as it
+            allows.
 
     Raises:
-        ValueError: when the budget does not cover the roots.
+        ValueError: when the budget does not cover the roots, or the costs do not cover the budget.
     """
     num_left = sum(max_nodes)
     if verify_budget is not None:
         if verify_budget < len(tables):
             raise ValueError(f"verify_budget = {verify_budget}: must cover the roots of {len(tables)} trees")
         num_left = verify_budget - len(tables)
+    biases = [0] * len(tables) if biases is None else biases
     growing = [
-        _GrowingTree(anchor, table, nodes, depth)
-        for table, anchor, nodes, depth in zip(tables, anchor_ids, max_nodes, max_depths, strict=True)
+        _GrowingTree(anchor, table, nodes, depth, bias)
+        for table, anchor, nodes, depth, bias in zip(tables, anchor_ids, max_nodes, max_depths, biases, strict=True)
     ]
-    _grow(growing, num_left)
+    price = None
+    if row_costs is not None:
+        num_left = min(num_left, sum(tree.num_left for tree in growing))
+        if len(row_costs) <= len(tables) + num_left:
+            raise ValueError(f"row_costs for {len(row_costs) - 1} rows: must go up to {len(tables) + num_left}")
+        price = _Price(row_costs, len(tables), num_left)
+    _grow(growing, num_left, price)
+    if price is not None:
+        price.cut(growing)
     return [
         DraftTree(token_ids=tree.token_ids, parents=tree.parents, depths=tree.depths, scores=tree.scores)
         for tree in growing
@@ -91,9 +130,21 @@ _Siblings = tuple[list[int], list[int]]
 class _GrowingTree:
     """Lists of one tree, and its table, of which only the rows that are asked for become Python lists."""
 
-    __slots__ = ("_siblings", "_table", "depths", "ids", "max_depth", "num_left", "parents", "scores", "token_ids")
+    __slots__ = (
+        "_siblings",
+        "_table",
+        "bias",
+        "depths",
+        "ids",
+        "max_depth",
+        "num_left",
+        "parents",
+        "scores",
+        "token_ids",
+    )
 
-    def __init__(self, anchor_id: int, table: CandidateTable | None, max_nodes: int, max_depth: int):
+    def __init__(self, anchor_id: int, table: CandidateTable | None, max_nodes: int, max_depth: int, bias: int):
+        self.bias = bias
         self.token_ids, self.parents, self.depths, self.scores = [anchor_id], [-1], [0], [0]
         self.num_left = 0
         if table is None or max_nodes <= 1 or max_depth <= 0:
@@ -115,18 +166,50 @@ class _GrowingTree:
         return found
 
 
-#: Negated cumulative score, depth, ranks from the root, request; then place among the siblings, parent node, the
-#: parent's score, and the siblings. No two entries agree in the first four.
+class _Price:
+    """Which number of nodes, taken best first, gives the most expected tokens per cost."""
+
+    def __init__(self, row_costs: np.ndarray, num_roots: int, max_nodes: int):
+        self._costs: list[int] = row_costs[num_roots : num_roots + max_nodes + 1].tolist()
+        self._later = row_costs[num_roots : num_roots + max_nodes + 1].astype(np.int64)
+        #: Tree of each node that was taken, in order.
+        self._taken: list[int] = []
+        self._value = num_roots * VALUE_UNIT
+        self._best_value, self._best_cost, self._num_best = self._value, self._costs[0], 0
+
+    def take(self, tree: int, score: int) -> bool:
+        """Counts a node; False when no further one, each worth no more, could make the rate better."""
+        value = VALUE_TABLE[min(-min(score, 0) >> VALUE_SHIFT, len(VALUE_TABLE) - 1)]
+        self._taken.append(tree)
+        self._value += value
+        num = len(self._taken)
+        if self._value * self._best_cost > self._best_value * self._costs[num]:
+            self._best_value, self._best_cost, self._num_best = self._value, self._costs[num], num
+        elif num % _LOOK_EVERY == 0 or num - self._num_best == 4:
+            later = self._later[num + 1 :]
+            most = self._value + np.arange(1, len(later) + 1, dtype=np.int64) * value
+            return bool((most * self._best_cost > self._best_value * later).any())
+        return True
+
+    def cut(self, trees: Sequence[_GrowingTree]) -> None:
+        """Takes the nodes behind the best number out again."""
+        for r in reversed(self._taken[self._num_best :]):
+            for nodes in (trees[r].token_ids, trees[r].parents, trees[r].depths, trees[r].scores):
+                nodes.pop()
+
+
+#: Negated cumulative score with the request's bias, depth, ranks from the root, request; then place among the siblings,
+#: parent node, the parent's biased score, and the siblings. No two entries agree in the first four.
 _Entry = tuple[int, int, tuple[int, ...], int, int, int, int, _Siblings]
 
 
-def _grow(trees: Sequence[_GrowingTree], num_left: int) -> None:
-    """Takes the best `num_left` nodes of all trees."""
+def _grow(trees: Sequence[_GrowingTree], num_left: int, price: _Price | None) -> None:
+    """Takes the best `num_left` nodes of all trees, or fewer where the price says that the rest cannot pay."""
     heap: list[_Entry] = []
     for r, tree in enumerate(trees):
         if tree.num_left:
             row, order = siblings = tree.siblings(1, 0)
-            heap.append((-row[order[0]], 1, (order[0],), r, 0, 0, 0, siblings))
+            heap.append((-row[order[0]] - tree.bias, 1, (order[0],), r, 0, 0, tree.bias, siblings))
     heapify(heap)
     while heap and num_left > 0:
         negated, depth, ranks, r, place, parent, parent_score, siblings = heap[0]
@@ -139,9 +222,11 @@ def _grow(trees: Sequence[_GrowingTree], num_left: int) -> None:
         tree.token_ids.append(tree.ids[depth - 1][rank])
         tree.parents.append(parent)
         tree.depths.append(depth)
-        tree.scores.append(-negated)
+        tree.scores.append(-negated - tree.bias)
         tree.num_left -= 1
         num_left -= 1
+        if price is not None and not price.take(r, -negated):
+            break
         row, order = siblings
         place += 1
         if place < len(order):
