@@ -300,6 +300,9 @@ def offline(
 
 
 bench_app.command("router", epilog="Example:\n\n  jetflow bench router --output out/router")(cli_bench.router)
+bench_app.command(
+    "step", epilog="Example:\n\n  jetflow bench step --shape qwen3-8b --num-nodes 1,128 --output out/step"
+)(cli_bench.step)
 bench_app.command("serve", epilog="Example:\n\n  jetflow bench serve --output out/serve")(cli_bench.serve)
 
 

@@ -61,3 +61,48 @@ def serve(
             f"CPU ms per token: {', '.join(f'{name} {ms:.2f}' for name, ms in row['cpu_ms_per_token'].items())}"
         )
     stdout.print(f"wrote {output / 'results.json'} and {output / 'serve.png'}")
+
+
+def step(
+    output: Output,
+    shape: Annotated[
+        str, typer.Option(help="tiny, qwen3-0.6b, qwen3-4b, qwen3-8b, qwen3-14b or qwen3-32b.")
+    ] = "qwen3-8b",
+    batch_sizes: Annotated[str, typer.Option(help="Requests at a time, by comma.")] = "1,8",
+    num_nodes: Annotated[str, typer.Option(help="Nodes of each tree, by comma; 1 is no speculation.")] = "1,32,128",
+    prefix_lens: Annotated[str, typer.Option(help="Tokens in the cache of each request, by comma.")] = "1024",
+    dtype: opt.ComputeType = opt.DType.AUTO,
+    device: opt.Device = "auto",
+    page_size: Annotated[int, typer.Option(min=1, help="KV slots per page.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Steps that count, per figure.")] = 20,
+    floor_only: Annotated[
+        bool, typer.Option("--floor-only", help="Bytes and floors alone, for any shape; needs --bandwidth-gbps.")
+    ] = False,
+    bandwidth_gbps: Annotated[
+        float | None, typer.Option(help="Gigabytes per second of the floors; measured where not given.")
+    ] = None,
+) -> None:
+    """Measure every stage of one step with random weights, beside the time that memory alone would take."""
+    import torch
+
+    from jetflow_cluster.bench.step import StepBenchConfig, run_step_bench
+    from jetflow_cluster.bench.step_report import step_table
+    from jetflow_cluster.config import EngineConfig
+    from jetflow_cluster.engine.resolve import compute_device
+
+    config = StepBenchConfig(
+        output_dir=output,
+        shape=shape,
+        batch_sizes=opt.read_numbers("batch_sizes", batch_sizes),
+        num_nodes=opt.read_numbers("num_nodes", num_nodes),
+        prefix_lens=opt.read_numbers("prefix_lens", prefix_lens),
+        dtype=torch.bfloat16 if dtype is opt.DType.AUTO else getattr(torch, dtype.value),
+        device=compute_device(EngineConfig(device=device)),
+        page_size=page_size,
+        repeats=repeats,
+        floor_only=floor_only,
+        bandwidth=bandwidth_gbps * 1e9 if bandwidth_gbps is not None else None,
+    )
+    results = run_step_bench(config, stderr)
+    stdout.print(step_table(results["rows"]))
+    stdout.print(f"wrote {output / 'results.json'} and {output / 'step.png'}")
