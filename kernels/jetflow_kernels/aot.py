@@ -35,6 +35,8 @@ class KernelConfiguration:
     types: Mapping[str, str]
     #: Value of each `tl.constexpr` argument.
     constants: Mapping[str, object]
+    #: Arguments that are multiples of 16 in every launch: aligned pointers, strides.
+    multiples_of_16: frozenset[str]
     num_warps: int
     num_stages: int
     #: Registers per thread that the assembler may use; None lets it trade them for occupancy, even by spilling.
@@ -82,8 +84,7 @@ def compile_ahead(configuration: KernelConfiguration, capability: int) -> Compil
 
     names = configuration.kernel.arg_names
     types = dict(configuration.types) | dict.fromkeys(configuration.constants, "constexpr")
-    # As a launch finds them: torch aligns memory to 16 bytes and more.
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in names if str(types[name]).startswith("*")}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in sorted(configuration.multiples_of_16)}
     source = ASTSource(
         fn=configuration.kernel,
         signature={name: types[name] for name in names},
@@ -125,15 +126,15 @@ def _compile_nth(job: tuple[int, int]) -> Compiled:
     return compile_ahead(shipped_configurations()[index], capability)
 
 
-def compile_all(capabilities: tuple[int, ...] = tuple(SHARED_MEMORY_BYTES), num_workers: int = 2) -> Iterator[Compiled]:
-    """Every configuration for every chip, in processes of their own, without the interpreter."""
+def compile_all(capabilities: tuple[int, ...] = tuple(SHARED_MEMORY_BYTES)) -> Iterator[Compiled]:
+    """Every configuration for every chip, in a process per core, without the interpreter."""
     os.environ.pop("TRITON_INTERPRET", None)
     # Set either way, newer versions of triton do not warn that the default will change.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     num = len(shipped_configurations())
     jobs = [(index, capability) for index in range(num) for capability in capabilities]
-    with ProcessPoolExecutor(num_workers) as pool:
-        yield from pool.map(_compile_nth, jobs, chunksize=4)
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield from pool.map(_compile_nth, jobs)
 
 
 def main() -> None:

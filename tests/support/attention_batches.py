@@ -76,7 +76,7 @@ def make_case(
         rng.shuffle(ids)
     shape = (len(ids), page_size, heads[1], head_dim)
     k, v = (torch.full(shape, float("nan"), dtype=pages_dtype or dtype) for _ in range(2))
-    table = torch.zeros(len(requests), max(counts), dtype=torch.int32)
+    table = torch.zeros(len(requests), max(counts, default=0), dtype=torch.int32)
     parents: list[int] = []
     for r, (rows, context, kind) in enumerate(requests):
         pages = [ids.pop(0) for _ in range(counts[r])]

@@ -44,7 +44,7 @@ class Capacity:
 
 @dataclass(frozen=True, kw_only=True)
 class TreeAttentionMetadata:
-    """int32 tensors on the device. Tiles behind the last one have request -1 and are skipped."""
+    """Tensors on the device, int32 where not said. Tiles behind the last one have request -1 and are skipped."""
 
     #: Rows of one request that a tile holds.
     tile_rows: int
@@ -59,6 +59,8 @@ class TreeAttentionMetadata:
     page_table: torch.Tensor
     #: ``[num_rows, num_words]``; see `TreeAttentionPlan.ancestor_bits`.
     ancestor_bits: torch.Tensor
+    #: fp32, stands for the splits' results where there are no splits.
+    no_splits: torch.Tensor
 
     @classmethod
     def allocate(
@@ -77,6 +79,7 @@ class TreeAttentionMetadata:
             requests=zeros(capacity.num_requests, 4),
             page_table=zeros(capacity.num_requests, capacity.num_pages),
             ancestor_bits=zeros(capacity.num_rows, capacity.num_words),
+            no_splits=torch.zeros(1, dtype=torch.float32, device=device),
         )
 
     def fill(self, plan: TreeAttentionPlan) -> None:

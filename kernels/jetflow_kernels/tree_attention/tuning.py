@@ -27,15 +27,15 @@ class Tile:
 
 def choose_tile(dtype: torch.dtype, head_dim: int, largest_request: int) -> Tile:
     """The tile for a batch whose largest request has so many rows times heads per KV head."""
+    head_dim = 1 << (head_dim - 1).bit_length()  # what it is padded to
     is_wide = head_dim > 128
     if dtype is torch.float32:
         # Products of fp32 in full precision run outside of the tensor cores, with operands in registers.
-        block_n = 32 if head_dim <= 64 else 16
-        return Tile(block_m=16, block_n=block_n, num_warps=4 if head_dim < 128 else 8, num_stages=1)
+        return Tile(block_m=16, block_n=16, num_warps=4 if head_dim <= 64 else 8, num_stages=1)
     if largest_request <= SMALL_TILE:
         return Tile(block_m=SMALL_TILE, block_n=32 if is_wide else 64, num_warps=4, num_stages=2)
     is_narrow = head_dim <= 64
-    block_n = 64 if is_narrow or head_dim == 128 else 32
+    block_n = 32 if is_wide else 64
     return Tile(block_m=LARGE_TILE, block_n=block_n, num_warps=4 if is_narrow else 8, num_stages=2)
 
 

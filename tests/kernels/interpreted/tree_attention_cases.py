@@ -12,19 +12,22 @@ from jetflow_kernels.tree_attention import kernel as op
 from jetflow_kernels.tree_attention import tree_attention
 from jetflow_kernels.tree_attention.metadata import Capacity, TreeAttentionMetadata
 from support.attention_batches import BATCHES, AttentionCase, Requests, make_case
+from support.sparse_memory import sparse_tensor
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def compare(case: AttentionCase, device: str, num_splits: int | None = None) -> None:
-    expected = case.expected()
-    moved = case.to(device)
+    compare_with(case.expected(), case.to(device), num_splits)
+
+
+def compare_with(expected: torch.Tensor, moved: AttentionCase, num_splits: int | None = None) -> None:
     metadata = op.make_metadata(moved.plan, moved.q, moved.k_pages.shape[2])
     if num_splits is not None:
         metadata = replace(metadata, num_splits=num_splits)
     out = op.attend(metadata, moved.q, moved.k_pages, moved.v_pages, scale=moved.q.shape[2] ** -0.5)
-    assert out.dtype == case.q.dtype
-    tolerance = TOLERANCE[case.q.dtype]
+    assert out.dtype == moved.q.dtype
+    tolerance = TOLERANCE[out.dtype]
     torch.testing.assert_close(out.cpu().double(), expected, atol=tolerance, rtol=tolerance)
 
 
@@ -55,7 +58,7 @@ def test_head_sizes_and_groups(heads: tuple[int, int], head_dim: int, dtype: tor
     compare(make_case(BATCHES["page-borders"], heads=heads, head_dim=head_dim, dtype=dtype), device)
 
 
-@pytest.mark.parametrize("page_size", [16, 48, 64, 256])
+@pytest.mark.parametrize("page_size", [16, 48, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_page_sizes(page_size: int, dtype: torch.dtype, device: str) -> None:
     requests: Requests = [(7, 150, "tree"), (1, 130, "chain")]
@@ -73,8 +76,41 @@ def test_keys_split_over_programs(requests: Requests, num_splits: int, device: s
     compare(make_case(requests, heads=(2, 1), head_dim=64, dtype=torch.float32), device, num_splits)
 
 
-def test_a_large_tree(device: str) -> None:
-    compare(make_case([(130, 5, "tree")], heads=(2, 1), head_dim=64, dtype=torch.float16), device)
+def test_the_largest_tree(device: str) -> None:
+    compare(make_case([(512, 70, "tree")], heads=(1, 1), head_dim=64, dtype=torch.float16), device)
+
+
+def test_slots_past_32_bits(device: str) -> None:
+    # Element numbers that wrap to the first pages, where NaN lies, when they are counted in 32 bits.
+    case = make_case([(5, 40, "tree"), (1, 20, "chain")], heads=(2, 2), head_dim=64, dtype=torch.float16)
+    per_page = case.k_pages[0].numel()
+    first = 2**32 // per_page
+    expected = case.expected()
+    moved = case.to(device)
+    far = []
+    for pages in (moved.k_pages, moved.v_pages):
+        far.append(sparse_tensor((first + len(pages), *pages.shape[1:]), pages.dtype, device))
+        far[-1][: len(pages)] = float("nan")
+        far[-1][first:] = pages
+    moved.plan.page_table.add_(first)
+    compare_with(expected, replace(moved, k_pages=far[0], v_pages=far[1]))
+
+
+def test_an_empty_batch(device: str) -> None:
+    case = make_case([], head_dim=64, dtype=torch.float32).to(device)
+    assert tree_attention(case.plan, case.q, case.k_pages, case.v_pages, scale=1.0).shape == (0, 4, 64)
+
+
+def test_a_head_size_without_kernel_is_refused(device: str) -> None:
+    case = make_case(BATCHES["one-token"], head_dim=48, dtype=torch.float32).to(device)
+    with pytest.raises(NotImplementedError, match="head_dim = 48: tree_attention has kernels for 64, 80, 96, 128, 256"):
+        tree_attention(case.plan, case.q, case.k_pages, case.v_pages, scale=1.0)
+
+
+def test_too_many_heads_on_a_kv_head_are_refused(device: str) -> None:
+    case = make_case(BATCHES["one-token"], heads=(17, 1), head_dim=64, dtype=torch.float32).to(device)
+    with pytest.raises(ValueError, match="17 query heads share a KV head: at most 16"):
+        tree_attention(case.plan, case.q, case.k_pages, case.v_pages, scale=1.0)
 
 
 def test_rows_may_be_strided(device: str) -> None:

@@ -1,0 +1,17 @@
+"""What the Triton kernels are shipped for."""
+
+from __future__ import annotations
+
+import torch
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Triton's names of them.
+TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def check_head_dim(op: str, head_dim: int) -> None:
+    """Raises NotImplementedError, with the sizes that there are, for another one."""
+    if head_dim not in HEAD_DIMS:
+        sizes = ", ".join(map(str, HEAD_DIMS))
+        raise NotImplementedError(f"head_dim = {head_dim}: {op} has kernels for {sizes}")
