@@ -17,6 +17,8 @@ from ray.util import get_node_ip_address
 
 from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.directory import REPORT_S, Directory, Members
+from jetflow_cluster.cluster.observability import observe_process
+from jetflow_cluster.cluster.ray_metrics import RayMetrics
 from jetflow_cluster.cluster.replica_actors import ReplicaActors
 from jetflow_cluster.cluster.shard import die
 from jetflow_cluster.engine.resolve import checkpoints
@@ -35,6 +37,7 @@ class EngineReplica:
     def __init__(self, config: ClusterConfig, directory: DeploymentHandle):
         self._directory = directory
         self._id = _own_id()
+        observe_process(config, {"replica_id": self._id, "process": "engine replica"})
         self._actors = ReplicaActors(config, self._id, on_lost=self._end)
         self._served = self._actors.start()
         self._task: asyncio.Task[None] | None = None
@@ -45,6 +48,10 @@ class EngineReplica:
             self._task = asyncio.create_task(
                 _report(self._directory, "replica", self._id, self._served.address, self._about)
             )
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's autoscaling policy is given; see `cluster.autoscaling`."""
+        return await asyncio.to_thread(self._actors.signals)
 
     async def trace(self, seconds: float) -> tuple[str, list[dict[str, Any]]]:
         """The replica's name, and what its actors did; see `ReplicaActors.trace`."""
@@ -73,6 +80,7 @@ class Router:
         # Nothing is asked of `engine`; Serve deploys what the ingress refers to.
         self._directory = directory
         self._id = _own_id()
+        observe_process(config, {"router_id": self._id, "process": "router"})
         target, _ = checkpoints(config.engine_config())
         tokenizer = str(target) if (Path(target) / "tokenizer.json").exists() else None
         self._config = RouterConfig(
@@ -85,7 +93,7 @@ class Router:
         """Starts the server at the first call, on Serve's event loop."""
         if self._server is not None:
             return
-        self._server = RouterServer(self._config)
+        self._server = RouterServer(self._config, metrics=RayMetrics({"router_id": self._id}))
         port = await self._server.start()
         address = f"{get_node_ip_address()}:{port}"
         # What is there now stays: the collector need not look at it again and hold streams up.

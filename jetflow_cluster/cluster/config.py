@@ -10,6 +10,7 @@ from typing import Any
 from jetflow_cluster.config import EngineConfig
 
 DRAFT_PLACEMENTS = ("colocated", "dedicated")
+LOG_LEVELS, LOG_FORMATS = ("debug", "info", "warning", "error"), ("json", "text")
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
@@ -69,9 +70,21 @@ class ClusterConfig:
     draft_timeout_s: float = 1.5
     #: Seconds that running requests get to finish when a replica or router is taken down.
     drain_timeout_s: float = 30.0
+    #: Least severe message in the logs of the cluster's processes; ``info`` has a line per request.
+    log_level: str = "info"
+    #: ``json``: a line of JSON per message, with the request's id where it is about one. ``text``: for people.
+    log_format: str = "json"
+    #: OTLP collector, such as ``http://collector:4317``, that spans of requests are sent to; None sends none.
+    trace_endpoint: str | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("draft_placement", DRAFT_PLACEMENTS), ("placement_strategy", PLACEMENT_STRATEGIES)):
+        choices = {
+            "draft_placement": DRAFT_PLACEMENTS,
+            "placement_strategy": PLACEMENT_STRATEGIES,
+            "log_level": LOG_LEVELS,
+            "log_format": LOG_FORMATS,
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
         for name in ("num_replicas", "num_routers"):

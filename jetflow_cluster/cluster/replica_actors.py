@@ -16,7 +16,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from jetflow_cluster.cluster.config import ClusterConfig
+from jetflow_cluster.cluster.observability import observe_process
 from jetflow_cluster.cluster.placement import Resources, check_fits, replica_shape
+from jetflow_cluster.cluster.ray_metrics import RayMetrics
 from jetflow_cluster.cluster.shard import DraftWorkerProcess, Loaded, Served, TargetShard
 
 _log = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ _PLACEMENT_TIMEOUT_S = 300.0
 _LOOK_S, _PULSE_S = 0.1, 0.5
 #: Seconds for an actor that has just started to answer.
 _JOIN_TIMEOUT_S = 5.0
+#: Seconds for rank 0 to tell its load.
+_SIGNALS_TIMEOUT_S = 5.0
 #: Pause before a lost draft worker is made anew, in seconds; doubled with each start that fails.
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.1, 30.0
 
@@ -35,7 +39,9 @@ class ShardActor(TargetShard):
     """`TargetShard` in a process of its own."""
 
     def __init__(self, config: ClusterConfig, rank: int, replica_id: str):
-        super().__init__(config, rank, get_node_ip_address(), replica_id)
+        observe_process(config, {"replica_id": replica_id, "process": f"shard {rank}"})
+        metrics = RayMetrics({"replica_id": replica_id}) if rank == 0 else None
+        super().__init__(config, rank, get_node_ip_address(), replica_id, metrics=metrics)
 
     def live(self) -> None:
         """Never returns, so that its end tells the owner of the actor's death."""
@@ -44,6 +50,10 @@ class ShardActor(TargetShard):
 
 class DraftActor(DraftWorkerProcess):
     """`DraftWorkerProcess` in a process of its own."""
+
+    def __init__(self, config: ClusterConfig, name: str):
+        observe_process(config, {"replica_id": name.partition("/")[0], "process": f"draft worker {name[-1]}"})
+        super().__init__(config, name)
 
     def live(self) -> None:
         """See `ShardActor.live`."""
@@ -120,6 +130,11 @@ class ReplicaActors:
         threading.Thread(target=self._watch, name="replica-watch", daemon=True).start()
         _log.info("%s serves at %s after %s", self._replica_id, served.address, served.phases)
         return served
+
+    def signals(self) -> dict[str, float]:
+        """See `TargetShard.signals`."""
+        found: dict[str, float] = ray.get(self._shards[0].actor.signals.remote(), timeout=_SIGNALS_TIMEOUT_S)
+        return found
 
     def trace(self, seconds: float) -> list[dict[str, Any]]:
         """What every actor did in the last seconds, as events of the Chrome trace format."""

@@ -27,6 +27,7 @@ from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.engine.loading import load_draft_fuser, load_draft_worker, load_follower
 from jetflow_cluster.engine.remote_drafter import RemoteDrafter
 from jetflow_cluster.layers.compute_threads import release_compute_threads
+from jetflow_cluster.metrics import Metrics
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
@@ -81,9 +82,11 @@ class TargetShard:
         rank: 0 to ``tensor_parallel_size - 1``.
         host: address of this node, one that the other ranks and the routers reach.
         replica_id: name of the replica.
+        metrics: are told by rank 0.
     """
 
-    def __init__(self, config: ClusterConfig, rank: int, host: str, replica_id: str):
+    def __init__(self, config: ClusterConfig, rank: int, host: str, replica_id: str, *, metrics: Metrics | None = None):
+        self._metrics = metrics
         self._config, self._rank, self._host, self._replica_id = config, rank, host, replica_id
         self._size = config.tensor_parallel_size
         self._phases: dict[str, float] = {}
@@ -117,6 +120,16 @@ class TargetShard:
     def process_id(self) -> int:
         """Of this shard."""
         return os.getpid()
+
+    def signals(self) -> dict[str, float]:
+        """Rank 0: what the number of replicas follows; see `cluster.autoscaling.Signals`."""
+        assert self._server is not None
+        load = self._server.step_loop.load()
+        return {
+            "outstanding_tokens": float(load.outstanding_tokens),
+            "kv_cache_usage": load.stats.num_used_pages / load.stats.num_pages,
+            "time_to_first_token_s": load.time_to_first_token_s,
+        }
 
     def trace(self, seconds: float) -> list[dict[str, Any]]:
         """Stages of the last seconds as events of the Chrome trace format; see `StageRing.events`."""
@@ -226,7 +239,7 @@ class TargetShard:
         assert self._frontend is not None
         asyncio.set_event_loop(self._loop)
         try:
-            self._server = ReplicaServer(config, self._frontend)
+            self._server = ReplicaServer(config, self._frontend, metrics=self._metrics)
             port = self._loop.run_until_complete(self._server.start())
             ready.set_result(f"{self._host}:{port}")
         except BaseException as error:

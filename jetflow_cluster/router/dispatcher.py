@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from jetflow_cluster.cache.prefix_cache import PageKeys
+from jetflow_cluster.metrics import Metrics, NoMetrics
 from jetflow_cluster.router.admission import Admission
 from jetflow_cluster.router.config import RouterConfig
 from jetflow_cluster.router.delivery import Delivery
@@ -26,10 +27,12 @@ class Dispatcher:
     Args:
         config: of the router.
         on_change: called when replicas become able or unable to serve.
+        metrics: are told of requests.
     """
 
-    def __init__(self, config: RouterConfig, *, on_change: Callable[[], None]):
+    def __init__(self, config: RouterConfig, *, on_change: Callable[[], None], metrics: Metrics | None = None):
         self.config = config
+        self.metrics: Metrics = metrics or NoMetrics()
         self.admission = Admission(config)
         self.replicas = ReplicaSet(config, on_change=self._note_change, on_freed=self.admission.freed)
         self._on_change = on_change
@@ -92,6 +95,7 @@ class Dispatcher:
         page_keys: Sequence[bytes],
         avoided: set[str],
         timeout_s: float | None,
+        traceparent: str = "",
     ) -> Flight | None:
         """Sends a request to the replica that it belongs to; None when it has to wait.
 
@@ -112,6 +116,7 @@ class Dispatcher:
         max_model_len = link.card.max_model_len if link.card is not None else 0
         wire_id = self._ids.new(link.replica_id)
         submit = delivery.submit(wire_id, timeout_s=timeout_s, max_model_len=max_model_len)
+        submit.traceparent = traceparent
         num_output_tokens = num_tokens - len(delivery.prompt_token_ids)
         flight = link.submit(submit, inbox, num_output_tokens=num_output_tokens)
         self.replicas.prefixes.record(link.replica_id, page_keys)

@@ -6,8 +6,7 @@ import ast
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Mapping
 
 from jetflow_cluster.cache.prefix_cache import PageKeys
 from jetflow_cluster.router.admission import Waiter
@@ -16,6 +15,7 @@ from jetflow_cluster.router.delivery import Delivery, ReplicaFaultError
 from jetflow_cluster.router.dispatcher import Dispatcher
 from jetflow_cluster.router.flight import Flight
 from jetflow_cluster.router.inbox import DELTA, ENDED, FINISHED, LOST, REFUSED, STARTED, Inbox
+from jetflow_cluster.router.watch import Emit, RequestWatch
 from jetflow_cluster.rpc.convert import started_to_proto
 from jetflow_cluster.rpc.errors import StatusError
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
@@ -23,8 +23,6 @@ from jetflow_cluster.rpc.v1 import replica_pb2 as rpb
 from jetflow_cluster.types import InvalidRequestError
 
 _log = logging.getLogger(__name__)
-#: Takes the events of a stream, in order.
-Emit = Callable[[pb.GenerateEvent], Awaitable[Any]]
 
 
 class _AbortedError(Exception):
@@ -40,6 +38,7 @@ class RoutedRequest:
         delivery: knows its prompt and seed.
         arrived: when it came, and `deadline`, when it must have ended, by `time.monotonic`.
         deadline: None is no limit.
+        trace: headers of the caller's trace.
     """
 
     def __init__(
@@ -50,6 +49,7 @@ class RoutedRequest:
         *,
         arrived: float,
         deadline: float | None,
+        trace: Mapping[str, str] | None = None,
     ):
         #: The id that the client knows; empty until a replica is chosen if the client left it out.
         self.request_id = message.request_id
@@ -59,7 +59,8 @@ class RoutedRequest:
         self._pages = PageKeys(dispatcher.config.prefix_page_size)
         self._arrived, self._deadline = arrived, deadline
         self._waited_s, self._first_token_at = 0.0, 0.0
-        self._emit: Emit
+        self._emit: RequestWatch
+        self._trace = trace or {}
         self._inbox = Inbox()
         self._waiter: Waiter[Flight] | None = None
         self._flight: Flight | None = None
@@ -76,7 +77,17 @@ class RoutedRequest:
             StatusError: as documented for the API; ABORTED when deltas came and no replica could go on.
             InvalidRequestError: a replica cannot honour the request, or its id is taken.
         """
-        self._emit = emit
+        watch = self._emit = RequestWatch(self._dispatcher.metrics, emit, arrived=self._arrived, headers=self._trace)
+        error: BaseException | None = None
+        try:
+            await self._run_watched()
+        except BaseException as reason:
+            error = reason
+            raise
+        finally:
+            watch.end(error, request_id=self.request_id, num_resumes=self._delivery.num_resumes)
+
+    async def _run_watched(self) -> None:
         timer: asyncio.TimerHandle | None = None
         try:
             self._dispatcher.register(self)
@@ -150,6 +161,7 @@ class RoutedRequest:
             page_keys=self._dispatcher.page_keys(self._pages, self._delivery.prompt_token_ids),
             avoided=self._avoided,
             timeout_s=timeout_s,
+            traceparent=self._emit.traceparent,
         )
         if flight is not None:
             self._inbox = inbox

@@ -10,6 +10,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from jetflow_cluster import metrics as m
+from jetflow_cluster.metrics import Metrics
 from jetflow_cluster.router.config import RouterConfig
 from jetflow_cluster.router.dispatcher import Dispatcher
 from jetflow_cluster.router.health import HealthServicer
@@ -26,6 +28,8 @@ _log = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["JetFlowInference"].full_name
 #: Seconds that calls get to notice that the server stops.
 _STOP_GRACE_S = 0.5
+#: Seconds between two tellings of the queue.
+_TELL_S = 0.5
 
 
 class RouterServer:
@@ -35,21 +39,23 @@ class RouterServer:
 
     Args:
         config: of the router.
+        metrics: are told of requests as they run, and of the queue a few times a second.
 
     Raises:
         FileNotFoundError: `config.tokenizer` names no tokenizer.
     """
 
-    def __init__(self, config: RouterConfig):
+    def __init__(self, config: RouterConfig, *, metrics: Metrics | None = None):
         self.config = config
         #: Where it listens, once it was started.
         self.port = 0
         self._health = HealthServicer(["", SERVICE])
-        self._dispatcher = Dispatcher(config, on_change=self._note_change)
+        self._dispatcher = Dispatcher(config, on_change=self._note_change, metrics=metrics)
         self._peers = Peers(config.router_id)
         self._codec = TextCodec(config.tokenizer) if config.tokenizer is not None else None
         self._servicer = InferenceServicer(self._dispatcher, self._peers, self._codec)
         self._server: grpc.aio.Server | None = None
+        self._teller: asyncio.Task[None] | None = None
 
     @property
     def is_serving(self) -> bool:
@@ -74,6 +80,7 @@ class RouterServer:
         reflection.enable_server_reflection((SERVICE, health_service, reflection.SERVICE_NAME), server)
         self.port = server.add_insecure_port(f"{self.config.host}:{self.config.port}")
         await server.start()
+        self._teller = asyncio.create_task(self._tell())
         _log.info("router %s listens on port %d", self.config.router_id, self.port)
         return self.port
 
@@ -114,6 +121,8 @@ class RouterServer:
         Clients of what still runs get UNAVAILABLE, on which they go on elsewhere.
         """
         self._servicer.is_draining = True
+        if self._teller is not None:
+            self._teller.cancel()
         self._health.close()
         self._dispatcher.end_all(StatusError.unavailable("this server stops", retry_after_s=0.1))
         server, self._server = self._server, None
@@ -123,6 +132,15 @@ class RouterServer:
         await self._peers.close()
         if self._codec is not None:
             self._codec.close()
+
+    async def _tell(self) -> None:
+        gauge, dispatcher = self._dispatcher.metrics.set, self._dispatcher
+        while True:
+            gauge(m.ROUTER_RUNNING, self.num_running)
+            gauge(m.ROUTER_WAITING, dispatcher.admission.num_waiting)
+            gauge(m.ROUTER_WAITING_TOKENS, dispatcher.admission.num_tokens)
+            gauge(m.ROUTER_REPLICAS, dispatcher.replicas.num_serving)
+            await asyncio.sleep(_TELL_S)
 
     def _note_change(self) -> None:
         self._health.set_serving(self._dispatcher.replicas.num_serving > 0 and not self._servicer.is_draining)

@@ -17,6 +17,7 @@ from jetflow_cluster.router.text import TextCodec
 from jetflow_cluster.rpc import checks
 from jetflow_cluster.rpc.convert import check_request
 from jetflow_cluster.rpc.errors import StatusError
+from jetflow_cluster.rpc.tracing import trace_headers
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.rpc.v1 import inference_pb2_grpc
 from jetflow_cluster.types import InvalidRequestError
@@ -139,7 +140,8 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
             token_ids = await self._encode(request)
         seed = params.seed if params.seed is not None else secrets.randbits(_SEED_BITS)
         delivery = Delivery(request, token_ids, seed)
-        return RoutedRequest(self._dispatcher, request, delivery, arrived=arrived, deadline=deadline)
+        trace = trace_headers(context.invocation_metadata())
+        return RoutedRequest(self._dispatcher, request, delivery, arrived=arrived, deadline=deadline, trace=trace)
 
     async def _encode(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
         kind = request.WhichOneof("input")

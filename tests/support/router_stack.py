@@ -12,6 +12,7 @@ from typing import Any
 from jetflow_cluster.cluster.replica.config import ReplicaServerConfig
 from jetflow_cluster.cluster.replica.server import ReplicaServer
 from jetflow_cluster.engine.frontend import EngineFrontend
+from jetflow_cluster.metrics import Metrics
 from jetflow_cluster.router.config import RouterConfig
 from jetflow_cluster.router.server import RouterServer
 from jetflow_cluster.rpc.client import AsyncJetFlowClient
@@ -74,15 +75,19 @@ class Stack:
 
 
 @asynccontextmanager
-async def stack(frontends: list[EngineFrontend], target: Path) -> AsyncIterator[Stack]:
+async def stack(frontends: list[EngineFrontend], target: Path, metrics: Metrics | None = None) -> AsyncIterator[Stack]:
     replicas, wires = [], []
     config = RouterConfig(host="127.0.0.1", port=0, tokenizer=str(target), **PATIENT)
-    router = RouterServer(config)
+    router = RouterServer(config, metrics=metrics)
     await router.start()
     client = AsyncJetFlowClient(f"127.0.0.1:{router.port}", timeout_s=100)
     try:
         for index, frontend in enumerate(frontends):
-            replica = ReplicaServer(ReplicaServerConfig(replica_id=f"replica-{index}", host="127.0.0.1"), frontend)
+            replica = ReplicaServer(
+                ReplicaServerConfig(replica_id=f"replica-{index}", host="127.0.0.1", metrics_interval_s=0.05),
+                frontend,
+                metrics=metrics,
+            )
             replicas.append(replica)
             wires.append(Wire(await replica.start()))
             await wires[-1].start()

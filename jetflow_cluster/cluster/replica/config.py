@@ -31,6 +31,8 @@ class ReplicaServerConfig:
     #: Bytes of a frame's events, about; what is more goes into the next. One request's prompt log-probabilities must
     #: fit, as they cannot be divided.
     max_frame_bytes: int = 32 * 2**20
+    #: Seconds between two tellings of metrics.
+    metrics_interval_s: float = 0.5
     #: Seconds for a router to say who it is.
     hello_timeout_s: float = 10.0
     #: Longest grace that a router may ask for, in seconds.
@@ -55,7 +57,7 @@ class ReplicaServerConfig:
         self._require("host", bool(self.host), "must not be empty")
         self._require("port", 0 <= self.port <= 65_535, "must be in [0, 65535]")
         self._require("num_draft_workers", self.num_draft_workers >= 0, "must not be negative")
-        for name in ("heartbeat_s", "stall_timeout_s", "hello_timeout_s", "max_step_s"):
+        for name in ("heartbeat_s", "stall_timeout_s", "metrics_interval_s", "hello_timeout_s", "max_step_s"):
             self._require(name, getattr(self, name) > 0, "must be above 0")
         for name in ("max_grace_s", "drain_timeout_s", "stop_timeout_s"):
             self._require(name, getattr(self, name) >= 0, "must not be negative")

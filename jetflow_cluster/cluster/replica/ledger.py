@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from jetflow_cluster.cluster.replica.rates import RateMeter, Rates
+from jetflow_cluster.cluster.replica.meter import StepCounts
+from jetflow_cluster.cluster.replica.rates import RateMeter, Rates, RecentWaits
 from jetflow_cluster.cluster.replica.ticket import Ticket, TicketUpdate
 from jetflow_cluster.engine.request import RequestStatus
 from jetflow_cluster.types import FinishReason, RequestDelta
@@ -16,6 +17,9 @@ class TicketLedger:
     def __init__(self, now_s: float) -> None:
         #: Prompt and output tokens still to be computed, at most.
         self.outstanding_tokens = 0
+        #: All that steps did, and how long requests waited for a first token in the last seconds.
+        self.counts = StepCounts()
+        self.waits = RecentWaits()
         self._tickets: dict[str, Ticket] = {}
         #: Those that were not scheduled yet, in the order of arrival.
         self._unscheduled: dict[str, Ticket] = {}
@@ -30,6 +34,11 @@ class TicketLedger:
     def tickets(self) -> list[Ticket]:
         """All of them."""
         return list(self._tickets.values())
+
+    def time_to_first_token_s(self, now_s: float) -> float:
+        """What requests waited for a first token lately, and what the first that waits has waited so far."""
+        waiting = next(iter(list(self._unscheduled.values())[:1]), None)
+        return max(self.waits.p90(now_s), 0.0 if waiting is None else now_s - waiting.arrived_s)
 
     def rates(self, now_s: float) -> Rates:
         """Of the last seconds."""
@@ -65,9 +74,11 @@ class TicketLedger:
             num_tokens += len(delta.token_ids)
             self._note_tokens(ticket, len(delta.token_ids), now_s)
             done = ticket.request.speculation
-            num_steps += done.num_steps - ticket.num_counted_steps
-            num_accepted += done.num_accepted_tokens - ticket.num_counted_accepted
-            ticket.num_counted_steps, ticket.num_counted_accepted = done.num_steps, done.num_accepted_tokens
+            if done.num_steps > ticket.num_counted_steps:
+                num_steps += 1
+                num_accepted += delta.num_accepted
+                self.counts.note_step(done.num_draft_nodes - ticket.num_counted_nodes, delta.num_accepted)
+            ticket.num_counted_steps, ticket.num_counted_nodes = done.num_steps, done.num_draft_nodes
             if delta.finish_reason is not None:
                 self._let_go(ticket, now_s)
         if num_tokens:
@@ -84,9 +95,13 @@ class TicketLedger:
     def _note_tokens(self, ticket: Ticket, count: int, now_s: float) -> None:
         if not count:
             return
+        self.counts.num_tokens += count
         if ticket.first_token_s is None:
             ticket.first_token_s = now_s
+            self.waits.add(now_s, now_s - ticket.arrived_s)
             request = ticket.request
+            self.counts.num_prompt_tokens += len(request.prompt_token_ids)
+            self.counts.num_cached_tokens += request.usage.cached_tokens
             count += len(request.prompt_token_ids) + len(request.params.prior_output_token_ids)
         self._settle(ticket, min(count, ticket.tokens_left))
 

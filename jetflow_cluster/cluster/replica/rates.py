@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 _NUM_BUCKETS = 8
 _BUCKET_S = 0.5
+#: How far `RecentWaits` looks back, and how many it keeps.
+_LOOK_BACK_S, _NUM_WAITS = 10.0, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +42,19 @@ class RateMeter:
         tokens, steps, accepted = (sum(bucket[part] for bucket in recent) for part in (1, 2, 3))
         covered_s = max(now_s - max(oldest * _BUCKET_S, self._began_s), _BUCKET_S)
         return Rates(tokens_per_s=tokens / covered_s, mean_acceptance_length=1.0 + accepted / steps if steps else 0.0)
+
+
+class RecentWaits:
+    """How long requests waited, of the last seconds. One thread adds; any thread may read."""
+
+    def __init__(self) -> None:
+        self._waits: deque[tuple[float, float]] = deque(maxlen=_NUM_WAITS)
+
+    def add(self, now_s: float, wait_s: float) -> None:
+        """Notes one that ended now."""
+        self._waits.append((now_s, wait_s))
+
+    def p90(self, now_s: float) -> float:
+        """The 90th percentile; 0 when nobody waited lately."""
+        recent = sorted(wait_s for moment_s, wait_s in list(self._waits) if now_s - moment_s <= _LOOK_BACK_S)
+        return recent[len(recent) * 9 // 10] if recent else 0.0

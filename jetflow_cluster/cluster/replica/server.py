@@ -9,10 +9,12 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from jetflow_cluster.cluster.replica.config import ReplicaServerConfig
+from jetflow_cluster.cluster.replica.meter import ReplicaMeter
 from jetflow_cluster.cluster.replica.servicer import ReplicaServicer
 from jetflow_cluster.cluster.replica.step_loop import StepLoop
 from jetflow_cluster.cluster.replica.ticket import LoopState
 from jetflow_cluster.engine.frontend import EngineFrontend
+from jetflow_cluster.metrics import Metrics, NoMetrics
 from jetflow_cluster.rpc.interceptor import ErrorInterceptor
 from jetflow_cluster.rpc.options import SERVER_OPTIONS
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
@@ -31,10 +33,13 @@ class ReplicaServer:
     Args:
         config: of the replica.
         frontend: of a warmed-up engine, which nobody else may use from `start` to `stop`.
+        metrics: are told a few times a second.
     """
 
-    def __init__(self, config: ReplicaServerConfig, frontend: EngineFrontend):
+    def __init__(self, config: ReplicaServerConfig, frontend: EngineFrontend, *, metrics: Metrics | None = None):
         self._config, self._frontend = config, frontend
+        self._meter = ReplicaMeter(metrics or NoMetrics())
+        self._teller: asyncio.Task[None] | None = None
         self._servicer: ReplicaServicer | None = None
         self._server: Any = None
         self._health = health.aio.HealthServicer()
@@ -81,6 +86,7 @@ class ReplicaServer:
         self._servicer = servicer
         await self._health.set(HEALTH_SERVICE, _SERVING)
         await self._server.start()
+        self._teller = asyncio.create_task(self._tell())
         return self._port
 
     async def drain(self, timeout_s: float | None = None) -> bool:
@@ -99,10 +105,19 @@ class ReplicaServer:
         servicer, self._servicer = self._servicer, None
         if servicer is None:
             return
+        if self._teller is not None:
+            self._teller.cancel()
         await self._health.enter_graceful_shutdown()
         await servicer.stop()
         await self._server.stop(self._config.stop_timeout_s)
         await asyncio.gather(*self._tasks)
+
+    async def _tell(self) -> None:
+        while self._servicer is not None:
+            loop = self._servicer.step_loop
+            is_speculating = self._servicer.load().speculating
+            self._meter.tell(loop.load(), loop.counts, is_speculating=is_speculating, step_age_s=loop.step_age_s)
+            await asyncio.sleep(self._config.metrics_interval_s)
 
     @property
     def _running(self) -> ReplicaServicer:

@@ -19,6 +19,7 @@ from jetflow_cluster.cluster.replica.intake import request_from_proto
 from jetflow_cluster.cluster.replica.model_card import model_card
 from jetflow_cluster.cluster.replica.roster import Roster, Running
 from jetflow_cluster.cluster.replica.session import RouterSession
+from jetflow_cluster.cluster.replica.spans import tell_span
 from jetflow_cluster.cluster.replica.step_loop import StepLoop
 from jetflow_cluster.cluster.replica.ticket import LoopReport, LoopState, NotServingError
 from jetflow_cluster.engine.frontend import EngineFrontend
@@ -227,7 +228,8 @@ class ReplicaServicer(replica_pb2_grpc.JetFlowReplicaServicer):
         if earlier is not None:
             self.step_loop.abort([earlier.key])
             self._roster.forget(earlier)
-        self.step_loop.submit(request, owner=session.owner, arrived_s=arrived_s)
+        traceparent = submit.traceparent
+        self.step_loop.submit(request, owner=session.owner, arrived_s=arrived_s, traceparent=traceparent)
         running = Running(request_id=submit.request_id, key=key, session=session)
         self._roster.add(running)
         if submit.HasField("timeout_ms"):
@@ -250,6 +252,8 @@ class ReplicaServicer(replica_pb2_grpc.JetFlowReplicaServicer):
 
     def _deliver(self, report: LoopReport) -> None:
         for update in report.updates:
+            if update.delta.finish_reason is not None:
+                tell_span(update)
             running = self._roster.by_key(update.ticket.key)
             if running is None:
                 continue

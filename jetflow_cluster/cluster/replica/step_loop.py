@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from jetflow_cluster.cluster.replica.ledger import TicketLedger
+from jetflow_cluster.cluster.replica.meter import StepCounts
 from jetflow_cluster.cluster.replica.stage_ring import StageRing
 from jetflow_cluster.cluster.replica.ticket import (
     LoopLoad,
@@ -80,19 +81,20 @@ class StepLoop:
         self._engine.on_stage = self._stages.begin
         self._thread.start()
 
-    def submit(self, request: Request, *, owner: str, arrived_s: float | None = None) -> Ticket:
+    def submit(self, request: Request, *, owner: str, arrived_s: float | None = None, traceparent: str = "") -> Ticket:
         """Queues a request. Its updates come to the sink.
 
         Args:
             request: made by the engine's front end; its id was never used before.
             owner: see `abort_owner`.
             arrived_s: moment of `time.monotonic` that its timing counts from; None is now.
+            traceparent: of the span that the request is a part of.
 
         Raises:
             NotServingError: the loop takes nothing new.
         """
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
-        ticket = Ticket(request=request, owner=owner, arrived_s=arrived_s)
+        ticket = Ticket(request=request, owner=owner, arrived_s=arrived_s, traceparent=traceparent)
         with self._lock:
             if self._state is not LoopState.RUNNING:
                 raise NotServingError(self._state)
@@ -142,7 +144,13 @@ class StepLoop:
             outstanding_tokens=self._ledger.outstanding_tokens,
             tokens_per_s=rates.tokens_per_s,
             mean_acceptance_length=rates.mean_acceptance_length,
+            time_to_first_token_s=self._ledger.time_to_first_token_s(time.monotonic()),
         )
+
+    @property
+    def counts(self) -> StepCounts:
+        """All that steps did so far."""
+        return self._ledger.counts
 
     def trace(self, seconds: float) -> list[dict[str, Any]]:
         """The stages of the steps of the last seconds as Chrome trace events; see `StageRing.events`."""

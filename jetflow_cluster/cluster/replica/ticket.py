@@ -40,15 +40,17 @@ class Ticket:
     #: On whose behalf it runs.
     owner: str
     arrived_s: float
+    #: Of the router's span; empty is none.
+    traceparent: str = ""
     #: When it was first given pages and rows; None before.
     scheduled_s: float | None = None
     first_token_s: float | None = None
     ended_s: float | None = None
     #: Prompt and output tokens still to be computed, at most.
     tokens_left: int = 0
-    #: Steps and accepted guesses of the request that the rates know of.
+    #: Steps of the request, and guessed nodes in them, that were counted.
     num_counted_steps: int = 0
-    num_counted_accepted: int = 0
+    num_counted_nodes: int = 0
 
     @property
     def key(self) -> str:
@@ -85,3 +87,5 @@ class LoopLoad:
     outstanding_tokens: int
     tokens_per_s: float
     mean_acceptance_length: float
+    #: What requests lately waited for a first token, the 90th percentile, or what the first in the queue has waited.
+    time_to_first_token_s: float

@@ -25,29 +25,29 @@ _sym_db = _symbol_database.Default()
 from jetflow_cluster.rpc.v1 import inference_pb2 as jetflow__cluster_dot_rpc_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$jetflow_cluster/rpc/v1/replica.proto\x12\x14jetflow.inference.v1\x1a&jetflow_cluster/rpc/v1/inference.proto\",\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x10\n\x08grace_ms\x18\x02 \x01(\r\"\x8f\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x36\n\x08sampling\x18\x03 \x01(\x0b\x32$.jetflow.inference.v1.SamplingParams\x12\x17\n\ntimeout_ms\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_timeout_ms\"\x1b\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x95\x01\n\x0bRouterFrame\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.jetflow.inference.v1.Hello\x12-\n\x07submits\x18\x02 \x03(\x0b\x32\x1c.jetflow.inference.v1.Submit\x12+\n\x06\x61\x62orts\x18\x03 \x03(\x0b\x32\x1b.jetflow.inference.v1.Abort\"{\n\x07Refused\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12/\n\x04\x63ode\x18\x02 \x01(\x0e\x32!.jetflow.inference.v1.RefusalCode\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\r\n\x05value\x18\x04 \x01(\t\x12\r\n\x05limit\x18\x05 \x01(\t\"\xf1\x01\n\x0cReplicaEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\x07started\x18\x02 \x01(\x0b\x32\x1d.jetflow.inference.v1.StartedH\x00\x12,\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x1b.jetflow.inference.v1.DeltaH\x00\x12\x32\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1e.jetflow.inference.v1.FinishedH\x00\x12\x30\n\x07refused\x18\x05 \x01(\x0b\x32\x1d.jetflow.inference.v1.RefusedH\x00\x42\x07\n\x05\x65vent\"\x81\x01\n\x0cReplicaFrame\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x32\n\x06\x65vents\x18\x02 \x03(\x0b\x32\".jetflow.inference.v1.ReplicaEvent\x12/\n\x04load\x18\x03 \x01(\x0b\x32!.jetflow.inference.v1.ReplicaLoad*{\n\x0bRefusalCode\x12\x1c\n\x18REFUSAL_CODE_UNSPECIFIED\x10\x00\x12\x18\n\x14REFUSAL_CODE_INVALID\x10\x01\x12\x19\n\x15REFUSAL_CODE_DRAINING\x10\x02\x12\x19\n\x15REFUSAL_CODE_INTERNAL\x10\x03\x32\x96\x02\n\x0eJetFlowReplica\x12S\n\x06\x41ttach\x12!.jetflow.inference.v1.RouterFrame\x1a\".jetflow.inference.v1.ReplicaFrame(\x01\x30\x01\x12W\n\x06\x45ncode\x12%.jetflow.inference.v1.TokenizeRequest\x1a&.jetflow.inference.v1.TokenizeResponse\x12V\n\x08\x44\x65scribe\x12).jetflow.inference.v1.GetModelCardRequest\x1a\x1f.jetflow.inference.v1.ModelCardb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$jetflow_cluster/rpc/v1/replica.proto\x12\x14jetflow.inference.v1\x1a&jetflow_cluster/rpc/v1/inference.proto\",\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x10\n\x08grace_ms\x18\x02 \x01(\r\"\xa4\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x36\n\x08sampling\x18\x03 \x01(\x0b\x32$.jetflow.inference.v1.SamplingParams\x12\x17\n\ntimeout_ms\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0btraceparent\x18\x05 \x01(\tB\r\n\x0b_timeout_ms\"\x1b\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x95\x01\n\x0bRouterFrame\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.jetflow.inference.v1.Hello\x12-\n\x07submits\x18\x02 \x03(\x0b\x32\x1c.jetflow.inference.v1.Submit\x12+\n\x06\x61\x62orts\x18\x03 \x03(\x0b\x32\x1b.jetflow.inference.v1.Abort\"{\n\x07Refused\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12/\n\x04\x63ode\x18\x02 \x01(\x0e\x32!.jetflow.inference.v1.RefusalCode\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\r\n\x05value\x18\x04 \x01(\t\x12\r\n\x05limit\x18\x05 \x01(\t\"\xf1\x01\n\x0cReplicaEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\x07started\x18\x02 \x01(\x0b\x32\x1d.jetflow.inference.v1.StartedH\x00\x12,\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x1b.jetflow.inference.v1.DeltaH\x00\x12\x32\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1e.jetflow.inference.v1.FinishedH\x00\x12\x30\n\x07refused\x18\x05 \x01(\x0b\x32\x1d.jetflow.inference.v1.RefusedH\x00\x42\x07\n\x05\x65vent\"\x81\x01\n\x0cReplicaFrame\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x32\n\x06\x65vents\x18\x02 \x03(\x0b\x32\".jetflow.inference.v1.ReplicaEvent\x12/\n\x04load\x18\x03 \x01(\x0b\x32!.jetflow.inference.v1.ReplicaLoad*{\n\x0bRefusalCode\x12\x1c\n\x18REFUSAL_CODE_UNSPECIFIED\x10\x00\x12\x18\n\x14REFUSAL_CODE_INVALID\x10\x01\x12\x19\n\x15REFUSAL_CODE_DRAINING\x10\x02\x12\x19\n\x15REFUSAL_CODE_INTERNAL\x10\x03\x32\x96\x02\n\x0eJetFlowReplica\x12S\n\x06\x41ttach\x12!.jetflow.inference.v1.RouterFrame\x1a\".jetflow.inference.v1.ReplicaFrame(\x01\x30\x01\x12W\n\x06\x45ncode\x12%.jetflow.inference.v1.TokenizeRequest\x1a&.jetflow.inference.v1.TokenizeResponse\x12V\n\x08\x44\x65scribe\x12).jetflow.inference.v1.GetModelCardRequest\x1a\x1f.jetflow.inference.v1.ModelCardb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'jetflow_cluster.rpc.v1.replica_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REFUSALCODE']._serialized_start=976
-  _globals['_REFUSALCODE']._serialized_end=1099
+  _globals['_REFUSALCODE']._serialized_start=997
+  _globals['_REFUSALCODE']._serialized_end=1120
   _globals['_HELLO']._serialized_start=102
   _globals['_HELLO']._serialized_end=146
   _globals['_SUBMIT']._serialized_start=149
-  _globals['_SUBMIT']._serialized_end=292
-  _globals['_ABORT']._serialized_start=294
-  _globals['_ABORT']._serialized_end=321
-  _globals['_ROUTERFRAME']._serialized_start=324
-  _globals['_ROUTERFRAME']._serialized_end=473
-  _globals['_REFUSED']._serialized_start=475
-  _globals['_REFUSED']._serialized_end=598
-  _globals['_REPLICAEVENT']._serialized_start=601
-  _globals['_REPLICAEVENT']._serialized_end=842
-  _globals['_REPLICAFRAME']._serialized_start=845
-  _globals['_REPLICAFRAME']._serialized_end=974
-  _globals['_JETFLOWREPLICA']._serialized_start=1102
-  _globals['_JETFLOWREPLICA']._serialized_end=1380
+  _globals['_SUBMIT']._serialized_end=313
+  _globals['_ABORT']._serialized_start=315
+  _globals['_ABORT']._serialized_end=342
+  _globals['_ROUTERFRAME']._serialized_start=345
+  _globals['_ROUTERFRAME']._serialized_end=494
+  _globals['_REFUSED']._serialized_start=496
+  _globals['_REFUSED']._serialized_end=619
+  _globals['_REPLICAEVENT']._serialized_start=622
+  _globals['_REPLICAEVENT']._serialized_end=863
+  _globals['_REPLICAFRAME']._serialized_start=866
+  _globals['_REPLICAFRAME']._serialized_end=995
+  _globals['_JETFLOWREPLICA']._serialized_start=1123
+  _globals['_JETFLOWREPLICA']._serialized_end=1401
 # @@protoc_insertion_point(module_scope)
