@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jetflow_cluster import __version__, cli_bench, cli_remote, cli_serving, cli_training
+from jetflow_cluster import __version__, cli_bench, cli_load, cli_remote, cli_serving, cli_training
 from jetflow_cluster import cli_options as opt
 from jetflow_cluster.console import Commands, apply_environment, stderr, stdout
 from jetflow_cluster.env import read_environment
@@ -303,7 +303,12 @@ bench_app.command("router", epilog="Example:\n\n  jetflow bench router --output 
 bench_app.command(
     "step", epilog="Example:\n\n  jetflow bench step --shape qwen3-8b --num-nodes 1,128 --output out/step"
 )(cli_bench.step)
-bench_app.command("serve", epilog="Example:\n\n  jetflow bench serve --output out/serve")(cli_bench.serve)
+bench_app.command("stack", epilog="Example:\n\n  jetflow bench stack --output out/stack")(cli_bench.stack)
+bench_app.command("load", epilog="Example:\n\n  jetflow bench load --output out/load")(cli_load.load)
+bench_app.command("serve", epilog="Example:\n\n  jetflow bench serve --output out/serve --concurrency 1,8")(
+    cli_load.serve
+)
+bench_app.command("trace", epilog="Example:\n\n  jetflow bench trace --output trace.json")(cli_load.trace)
 
 
 @app.command()

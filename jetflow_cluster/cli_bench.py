@@ -1,4 +1,4 @@
-"""``jetflow bench router`` and ``jetflow bench serve``."""
+"""``jetflow bench``: router, step and stack."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def router(
     stdout.print(f"wrote {output / 'results.json'} and {output / 'router.png'}")
 
 
-def serve(
+def stack(
     output: Output,
     model: opt.Model = None,
     draft_head: opt.DraftHead = None,

@@ -1,4 +1,4 @@
-"""`jetflow bench serve`: throughput through the whole stack against the engine alone, on the same machine."""
+"""`jetflow bench stack`: throughput through the whole stack against the engine alone, on the same machine."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def run_serve_bench(config: ServeBenchConfig, console: Console) -> dict[str, Any
     prompts = [prompt.token_ids for prompt in found]
     groups = [prompts[i :: config.num_rounds] for i in range(config.num_rounds)]
     runs: dict[tuple[SpeculationMode, str], list[_Run]] = {(m, s): [] for m in MODES for s in ("engine", "served")}
-    with _served(config, console) as (address, pids):
+    with served(config, console) as (address, pids):
         for mode in MODES:
             _through_stack(address, pids, groups[0], _params(config, mode), config.num_concurrent)
             _engine_alone(llm, groups[0], _params(config, mode))
@@ -114,7 +114,8 @@ def _params(config: ServeBenchConfig, mode: SpeculationMode) -> SamplingParams:
 
 
 @contextmanager
-def _served(config: ServeBenchConfig, console: Console) -> Iterator[tuple[str, dict[str, int]]]:
+def served(config: ServeBenchConfig, console: Console) -> Iterator[tuple[str, dict[str, int]]]:
+    """A whole stack on this machine: the router's address, and the processes by name."""
     cluster = ClusterConfig(
         model=config.model,
         draft_head=config.draft_head,

@@ -50,7 +50,7 @@ class Directory:
         self._seen.pop((kind, name), None)
         await self._refresh()
 
-    async def members(self, known_version: int = 0, wait_s: float = 1.0) -> Members:
+    async def members(self, known_version: int = 0, wait_s: float = 5.0) -> Members:
         """The members; with the version that the caller knows, waits up to `wait_s` for another."""
         await self._refresh()
         if self._members.version == known_version:

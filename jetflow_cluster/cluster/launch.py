@@ -14,15 +14,20 @@ from ray import serve
 from jetflow_cluster.cluster.app import build_app
 from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.placement import replica_shape
+from jetflow_cluster.rpc import GRPC_ENVIRONMENT
 from jetflow_cluster.rpc.client import JetFlowClient
 
 APP_NAME = "jetflow"
-#: What Ray's processes must find in their environment, so that stopped ones are replaced like dead ones. A replica
-#: that fails its health checks gets no time to drain, and a process that does not end is killed behind half a second.
+#: What Ray's processes must find in their environment, so that stopped ones are replaced like dead ones, and routers
+#: spend little on a delta. A replica that fails its health checks gets no time to drain, and a process that does not
+#: end is killed behind half a second.
 RAY_ENVIRONMENT = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "RAY_kill_worker_timeout_milliseconds": "500",
     "RAY_worker_niceness": "0",
+    # Serve's controller looks at everything this often; its own choice of 0.1 takes 3 % of a core.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+    **GRPC_ENVIRONMENT,
 }
 _READY_TIMEOUT_S = 1800.0
 _LOOK_S = 0.1

@@ -148,6 +148,10 @@ class AsyncGenerationStream(_StreamBase, AsyncIterator[RequestDelta]):
         self.cancel()
         await self._deltas.aclose()
 
+    def __aiter__(self) -> AsyncIterator[RequestDelta]:
+        # One step of the generator for each delta, and no coroutine around it.
+        return self._deltas
+
     async def __anext__(self) -> RequestDelta:
         return await anext(self._deltas)
 

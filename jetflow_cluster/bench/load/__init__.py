@@ -1,0 +1,1 @@
+"""Many requests at a time: arrivals, systems, interleaved rounds, and what is told of them."""

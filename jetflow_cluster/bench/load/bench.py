@@ -1,0 +1,175 @@
+"""`jetflow bench load` and `jetflow bench serve`: modes of speculation under load, in one interleaved run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from tokenizers import Tokenizer
+
+from jetflow_cluster.bench.load.arrivals import BURSTY_TRACE, read_trace
+from jetflow_cluster.bench.load.report import draw_load, load_table, markdown_table
+from jetflow_cluster.bench.load.rounds import LoadPlan, measure
+from jetflow_cluster.bench.load.rows import make_rows
+from jetflow_cluster.bench.load.systems import EngineLoad, GrpcLoad, LoadSystem, OpenAiLoad, TransformersLoad
+from jetflow_cluster.bench.machine import describe_machine
+from jetflow_cluster.bench.prompts import DEFAULT_CHECKPOINT, load_prompts
+from jetflow_cluster.bench.report import write_json
+from jetflow_cluster.bench.systems import load_transformers
+from jetflow_cluster.engine.local import LLM
+
+_NUM_PROMPTS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadBenchConfig:
+    """Everything that decides a measurement. Raises ValueError naming field, value and limit."""
+
+    #: Where ``results.json``, ``load.md`` and ``load.png`` go.
+    output_dir: Path
+    plan: LoadPlan = field(default_factory=LoadPlan)
+    #: Settings of speculation: ``auto``, ``off``, or a fixed number of nodes.
+    modes: tuple[str, ...] = ("off", "auto", "8", "16", "32", "64")
+    model: str | None = None
+    draft_head: str | None = None
+    dtype: str = "float32"
+    #: Batch sizes that `transformers` is measured at (in the process only).
+    transformers_at: tuple[int, ...] = ()
+    #: ``host:port`` of a running server; None starts one (over gRPC only).
+    server: str | None = None
+    #: An OpenAI-compatible endpoint that is measured beside, its model, and fields of its requests.
+    openai: str | None = None
+    openai_model: str = ""
+    openai_options: dict[str, Any] = field(default_factory=dict)
+    #: File of prompts; None is the held-out ones of the embedded default.
+    prompts: Path | None = None
+    #: A recorded trace for the loop ``trace``.
+    trace: Path = BURSTY_TRACE
+    #: Keep the samples that ``results.json`` has of other loads.
+    add: bool = False
+
+    def __post_init__(self) -> None:
+        if self.transformers_at and len(self.plan.output_lengths) > 1:
+            raise ValueError(f"output_lengths = {self.plan.output_lengths}: transformers needs one length")
+        if self.transformers_at and "off" not in self.modes:
+            raise ValueError(f"modes = {self.modes}: transformers is compared with `off`, which must be among them")
+
+
+def run_engine_load(config: LoadBenchConfig, console: Console) -> dict[str, Any]:
+    """The engine in this process; writes the files and returns ``results.json``.
+
+    Raises:
+        ValueError: an open loop, which needs a server.
+    """
+    plan = config.plan
+    if plan.loop != "closed":
+        raise ValueError(f"loop = {plan.loop!r}: the engine alone is measured in a closed loop")
+    with console.status("loading and warming up"):
+        llm = LLM(
+            config.model,
+            config.draft_head,
+            dtype=config.dtype,
+            enable_prefix_cache=False,
+            max_num_requests=max(plan.concurrencies),
+        )
+        systems: list[LoadSystem] = [EngineLoad(mode, llm) for mode in _reference_first(config.modes)]
+        if config.transformers_at:
+            model = load_transformers(llm.frontend.target_dir, config.dtype, llm.engine.target.device)
+            systems.append(TransformersLoad(model))
+
+    def runs_at(system: LoadSystem, level: float) -> bool:
+        return system.name != "transformers" or int(level) in config.transformers_at
+
+    return _measure_and_write(config, systems, llm.tokenizer, "engine alone", runs_at, console)
+
+
+def run_served_load(config: LoadBenchConfig, console: Console) -> dict[str, Any]:
+    """Servers over their APIs; writes the files and returns ``results.json``."""
+    tokenizer = Tokenizer.from_file(str(Path(config.model or DEFAULT_CHECKPOINT / "target") / "tokenizer.json"))
+    others: list[LoadSystem] = []
+    if config.openai is not None:
+        key = os.environ.get("OPENAI_API_KEY")
+        others.append(OpenAiLoad("openai", config.openai, config.openai_model, key, config.openai_options))
+    modes = _reference_first(config.modes)
+    if config.server is not None or not modes:
+        ours: list[LoadSystem] = [GrpcLoad(mode, config.server) for mode in modes if config.server is not None]
+        return _measure_and_write(config, [*ours, *others], tokenizer, "served", _always, console)
+    # Ray is loaded only where it is needed.
+    from jetflow_cluster.bench.serve import ServeBenchConfig, served
+
+    stack = ServeBenchConfig(
+        output_dir=config.output_dir, model=config.model, draft_head=config.draft_head, dtype=config.dtype
+    )
+    with served(stack, console) as (address, _):
+        ours = [GrpcLoad(mode, address) for mode in modes]
+        return _measure_and_write(config, [*ours, *others], tokenizer, "served", _always, console)
+
+
+def _always(system: LoadSystem, level: float) -> bool:
+    return True
+
+
+def _reference_first(modes: Sequence[str]) -> list[str]:
+    """Outputs are compared with those without speculation."""
+    return sorted(dict.fromkeys(modes), key=lambda mode: mode != "off")
+
+
+def _measure_and_write(
+    config: LoadBenchConfig,
+    systems: Sequence[LoadSystem],
+    tokenizer: Tokenizer,
+    where: str,
+    runs_at: Callable[[LoadSystem, float], bool],
+    console: Console,
+) -> dict[str, Any]:
+    prompts = load_prompts(
+        config.prompts, tokenizer, max_prompts=_NUM_PROMPTS, max_prompt_tokens=max(config.plan.prompt_lengths)
+    )
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("")
+        samples = measure(
+            config.plan,
+            systems,
+            prompts,
+            trace=read_trace(config.trace),
+            runs_at=runs_at,
+            on_progress=lambda label, done, total: progress.update(
+                task, description=label, completed=done, total=total
+            ),
+        )
+    path = config.output_dir / "results.json"
+    runs = [_described(config)]
+    if config.add and path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if earlier["where"] != where:
+            raise ValueError(
+                f"output_dir = {config.output_dir}: holds a measurement of another kind ({earlier['where']})"
+            )
+        measured = {(s["loop"], s["level"]) for s in samples}
+        samples = [s for s in earlier["samples"] if (s["loop"], s["level"]) not in measured] + samples
+        runs = [*earlier["runs"], *runs]
+    rows = make_rows(samples)
+    results = {
+        "machine": describe_machine(),
+        "model": config.model or "embedded default",
+        "where": where,
+        "runs": runs,
+        "rows": rows,
+        "samples": samples,
+    }
+    write_json(results, path)
+    (config.output_dir / "load.md").write_text(markdown_table(rows), encoding="utf-8")
+    title = f"{results['model']}, {where}, {config.dtype}, greedy"
+    draw_load(rows, title, config.output_dir / "load.png")
+    console.print(load_table(rows))
+    return results
+
+
+def _described(config: LoadBenchConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(config), default=str)) | {"load_average": os.getloadavg()[0]}
