@@ -1,4 +1,4 @@
-"""``jetflow bench``: load, serve and trace: many requests at a time."""
+"""``jetflow bench``: load, serve, trace and simulate: many requests at a time."""
 
 from __future__ import annotations
 
@@ -129,6 +129,18 @@ def trace(
     process = BurstProcess(num_arrivals=num_arrivals, burst_factor=burst_factor, seed=seed)
     write_trace(process, output)
     stdout.print(f"wrote {output}: {num_arrivals} arrivals")
+
+
+def simulate(
+    output: Annotated[Path, typer.Option(help="Folder for the page; its pictures and results.json lie below it.")],
+) -> None:
+    """Predict the curves of Qwen3-8B on 1, 2 and 4 H200 from published figures, as a page. Measures nothing."""
+    from jetflow_cluster.bench.load.simulated_page import write_simulation
+
+    for row in write_simulation(output)["rows"]:
+        where = row["crossing"] or f"more than {row['points'][-1]['num_requests']}"
+        stdout.print(f"{row['name']}: speculation stops to pay at {where} requests")
+    stdout.print(f"wrote {output / 'simulated-qwen3-8b.md'}")
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from jetflow_cluster.types import RequestDelta, RequestOutput
 
 #: Opens a call: the server's address, the message, and the seconds left.
 OpenCall = Callable[[str, pb.GenerateRequest, float | None], Any]
+#: Seconds that the status of a call is waited for behind its last event.
+_STATUS_S = 1.0
 
 
 def _ended_early() -> StatusError:
@@ -178,12 +181,16 @@ class AsyncGenerationStream(_StreamBase, AsyncIterator[RequestDelta]):
     async def _run_call(self) -> AsyncIterator[RequestDelta]:
         message = self._generation.next_request()
         call = self._call = self._open_call(self._attempts.address, message, self._attempts.timeout_s)
+        events = aiter(call)
         try:
-            async for event in call:
+            async for event in events:
                 delta = self._take(event)
                 if delta is not None:
                     yield delta
                 if self._generation.has_ended:
+                    # Its status, so that nothing of the call comes when this event loop may be no more.
+                    with contextlib.suppress(TimeoutError, grpc.RpcError):
+                        await asyncio.wait_for(anext(events, None), _STATUS_S)
                     return
         except asyncio.CancelledError:
             # The call says so too when it was `cancel` that ended it; the task itself goes on then.
