@@ -27,6 +27,12 @@ class RouterConfig:
     host: str = "0.0.0.0"
     #: Port of the API; 0 takes a free one.
     port: int = 9000
+    #: Port of the OpenAI-compatible API over HTTP; 0 takes a free one, None serves none.
+    http_port: int | None = None
+    #: HTTP connections that may be open at once; further ones are refused.
+    max_http_connections: int = 2_048
+    #: Seconds that a client may take nothing of what is written for it; then its request ends.
+    client_stall_s: float = 30.0
     #: The model's ``tokenizer.json``, or the directory that has it; None leaves the encoding of text to replicas.
     tokenizer: str | None = None
 
@@ -77,14 +83,16 @@ class RouterConfig:
         check_id("router_id", self.router_id)
         if not 0 <= self.port <= 65_535:
             raise ValueError(f"port = {self.port}: must be in [0, 65535]")
+        if self.http_port is not None and not 0 <= self.http_port <= 65_535:
+            raise ValueError(f"http_port = {self.http_port}: must be in [0, 65535], or None")
         if not self.host:
             raise ValueError(f"host = {self.host!r}: must not be empty")
         counts = "max_queued_tokens max_replica_tokens prefix_page_size max_prefix_pages max_index_pages"
-        for name in (*counts.split(), "max_fruitless_attempts"):
+        for name in (*counts.split(), "max_fruitless_attempts", "max_http_connections"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         self._require("load_bound_tokens", self.load_bound_tokens >= 0, "must not be negative")
         positive = "prior_tokens_per_s silence_s connect_timeout_s min_probe_pause_s max_probe_pause_s ping_s"
-        for name in positive.split():
+        for name in (*positive.split(), "client_stall_s"):
             self._require(name, getattr(self, name) > 0, "must be above 0")
         for name in ("unavailable_after_s", "resume_timeout_s", "abort_grace_s", "drain_timeout_s"):
             self._require(name, getattr(self, name) >= 0, "must not be negative")

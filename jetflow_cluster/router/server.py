@@ -15,6 +15,8 @@ from jetflow_cluster.metrics import Metrics
 from jetflow_cluster.router.config import RouterConfig
 from jetflow_cluster.router.dispatcher import Dispatcher
 from jetflow_cluster.router.health import HealthServicer
+from jetflow_cluster.router.http.app import HttpApi, http_app
+from jetflow_cluster.router.http.server import HttpServer
 from jetflow_cluster.router.peers import Peers
 from jetflow_cluster.router.servicer import InferenceServicer
 from jetflow_cluster.router.text import TextCodec
@@ -47,8 +49,8 @@ class RouterServer:
 
     def __init__(self, config: RouterConfig, *, metrics: Metrics | None = None):
         self.config = config
-        #: Where it listens, once it was started.
-        self.port = 0
+        #: Where it listens, once it was started; 0 for HTTP where none is served.
+        self.port = self.http_port = 0
         self._health = HealthServicer(["", SERVICE])
         self._dispatcher = Dispatcher(config, on_change=self._note_change, metrics=metrics)
         self._peers = Peers(config.router_id)
@@ -56,6 +58,7 @@ class RouterServer:
         self._servicer = InferenceServicer(self._dispatcher, self._peers, self._codec)
         self._server: grpc.aio.Server | None = None
         self._teller: asyncio.Task[None] | None = None
+        self._http: HttpServer | None = None
 
     @property
     def is_serving(self) -> bool:
@@ -71,7 +74,7 @@ class RouterServer:
         """Listens, and returns the port.
 
         Raises:
-            RuntimeError: the port is taken.
+            RuntimeError: the port is taken; OSError where it is that of HTTP.
         """
         server = self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_options(self.config))
         inference_pb2_grpc.add_JetFlowInferenceServicer_to_server(self._servicer, server)
@@ -81,6 +84,8 @@ class RouterServer:
         self.port = server.add_insecure_port(f"{self.config.host}:{self.config.port}")
         await server.start()
         self._teller = asyncio.create_task(self._tell())
+        if self.config.http_port is not None:
+            self.http_port = await self._start_http(self.config.http_port)
         _log.info("router %s listens on port %d", self.config.router_id, self.port)
         return self.port
 
@@ -126,6 +131,9 @@ class RouterServer:
         self._health.close()
         self._dispatcher.end_all(StatusError.unavailable("this server stops", retry_after_s=0.1))
         server, self._server = self._server, None
+        http, self._http = self._http, None
+        if http is not None:
+            await http.stop()
         if server is not None:
             await server.stop(_STOP_GRACE_S)
         await self._dispatcher.replicas.close()
@@ -141,6 +149,18 @@ class RouterServer:
             gauge(m.ROUTER_WAITING_TOKENS, dispatcher.admission.num_tokens)
             gauge(m.ROUTER_REPLICAS, dispatcher.replicas.num_serving)
             await asyncio.sleep(_TELL_S)
+
+    async def _start_http(self, port: int) -> int:
+        api = HttpApi(self._servicer, self._codec, lambda: self.is_serving)
+        config = self.config
+        self._http = HttpServer(
+            http_app(api.routes()),
+            config.host,
+            port,
+            stall_s=config.client_stall_s,
+            max_connections=config.max_http_connections,
+        )
+        return await self._http.start()
 
     def _note_change(self) -> None:
         self._health.set_serving(self._dispatcher.replicas.num_serving > 0 and not self._servicer.is_draining)

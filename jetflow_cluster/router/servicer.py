@@ -12,7 +12,7 @@ from typing import Any
 from jetflow_cluster.router.delivery import Delivery
 from jetflow_cluster.router.dispatcher import Dispatcher
 from jetflow_cluster.router.peers import FORWARDED, Peers
-from jetflow_cluster.router.routed_request import RoutedRequest
+from jetflow_cluster.router.routed_request import Emit, RoutedRequest
 from jetflow_cluster.router.text import TextCodec
 from jetflow_cluster.rpc import checks
 from jetflow_cluster.rpc.convert import check_request
@@ -56,8 +56,22 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
     # A coroutine that writes, and no generator: cancellation ends it wherever it is, and not when it is collected.
     async def GenerateStream(self, request: pb.GenerateRequest, context: Any) -> None:
         """One request; `Started`, deltas, `Finished`."""
+        await self.generate(request, context.write, time_left_s=context.time_remaining())
+
+    async def generate(self, request: pb.GenerateRequest, emit: Emit, *, time_left_s: float | None = None) -> None:
+        """One request, whatever protocol it came by. Cancelling this ends it on its replica.
+
+        Args:
+            request: not checked yet.
+            emit: takes `Started`, deltas, `Finished`; while it waits, nothing further is emitted.
+            time_left_s: of the call; None is no limit.
+
+        Raises:
+            StatusError: as documented for the API.
+            InvalidRequestError: the request cannot be honoured.
+        """
         with self._counted():
-            await (await self._make(request, context)).run(context.write)
+            await (await self._make(request, time_left_s)).run(emit)
 
     async def GenerateOnce(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResult:
         """One request, answered when it is finished."""
@@ -73,8 +87,7 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
             elif kind is not None:
                 getattr(result, kind).CopyFrom(getattr(event, kind))
 
-        with self._counted():
-            await (await self._make(request, context)).run(collect)
+        await self.generate(request, collect, time_left_s=context.time_remaining())
         result.text = "".join(text)
         return result
 
@@ -97,8 +110,16 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
 
     async def GetModelCard(self, request: pb.GetModelCardRequest, context: Any) -> pb.ModelCard:
         """What is served."""
-        checks.refuse(checks.model_problems("model", request.model))
-        return await self._dispatcher.replicas.card(request.model)
+        return await self.card(request.model)
+
+    async def card(self, model: str) -> pb.ModelCard:
+        """What is served under a name; the empty one is whichever is served.
+
+        Raises:
+            StatusError: NOT_FOUND for another model, UNAVAILABLE without a replica.
+        """
+        checks.refuse(checks.model_problems("model", model))
+        return await self._dispatcher.replicas.card(model)
 
     async def GetServerLoad(self, request: pb.GetServerLoadRequest, context: Any) -> pb.ServerLoad:
         """Load of every replica as this router sees it."""
@@ -126,7 +147,7 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
             replicas=dispatcher.replicas.loads(),
         )
 
-    async def _make(self, request: pb.GenerateRequest, context: Any) -> RoutedRequest:
+    async def _make(self, request: pb.GenerateRequest, time_left_s: float | None) -> RoutedRequest:
         """A request that was checked and encoded."""
         arrived = time.monotonic()
         if self.is_draining:
@@ -135,7 +156,7 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
         is_large = request.ByteSize() > _LARGE_BYTES
         params = await asyncio.to_thread(check_request, request) if is_large else check_request(request)
         self._dispatcher.replicas.check_model(request.model)
-        deadline = _deadline(request, context, arrived)
+        deadline = _deadline(request, time_left_s, arrived)
         async with _until(deadline):
             token_ids = await self._encode(request)
         seed = params.seed if params.seed is not None else secrets.randbits(_SEED_BITS)
@@ -169,9 +190,9 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
                 self._idle.set()
 
 
-def _deadline(request: pb.GenerateRequest, context: Any, arrived: float) -> float | None:
+def _deadline(request: pb.GenerateRequest, time_left_s: float | None, arrived: float) -> float | None:
     """The earlier one of the call's and the request's, by `time.monotonic`."""
-    limits = [] if context.time_remaining() is None else [context.time_remaining()]
+    limits = [] if time_left_s is None else [time_left_s]
     if request.HasField("timeout_ms"):
         limits.append(request.timeout_ms / 1e3)
     return arrived + min(limits) if limits else None

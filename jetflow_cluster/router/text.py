@@ -45,6 +45,10 @@ class TextCodec:
             return self._decode(token_ids)
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, token_ids)
 
+    def token_text(self, token_id: int) -> str:
+        """The text of one token, also of a special one; U+FFFD where it is a part of a character."""
+        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+
     def close(self) -> None:
         """Ends the threads; what they work on is finished first."""
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -75,9 +75,11 @@ class Stack:
 
 
 @asynccontextmanager
-async def stack(frontends: list[EngineFrontend], target: Path, metrics: Metrics | None = None) -> AsyncIterator[Stack]:
+async def stack(
+    frontends: list[EngineFrontend], target: Path, metrics: Metrics | None = None, **options: Any
+) -> AsyncIterator[Stack]:
     replicas, wires = [], []
-    config = RouterConfig(host="127.0.0.1", port=0, tokenizer=str(target), **PATIENT)
+    config = RouterConfig(**{"host": "127.0.0.1", "port": 0, "tokenizer": str(target)} | PATIENT | options)
     router = RouterServer(config, metrics=metrics)
     await router.start()
     client = AsyncJetFlowClient(f"127.0.0.1:{router.port}", timeout_s=100)

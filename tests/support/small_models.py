@@ -135,3 +135,18 @@ def _head_state(num_taps: int, seed: int) -> dict[str, torch.Tensor]:
             layer + "mlp.down_proj.weight": matrix(hidden, 48),
         }
     return state
+
+
+#: Roles and contents in brackets; the answer's opening at the end.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def write_chat_template(folder: Path) -> None:
+    """Makes a target of `write_target` one that can be talked to."""
+    import json
+
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

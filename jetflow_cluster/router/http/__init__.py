@@ -1,0 +1,1 @@
+"""HTTP beside gRPC: the routes of the OpenAI API, by the same servicer in the same event loop."""

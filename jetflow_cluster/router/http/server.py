@@ -1,0 +1,86 @@
+"""The HTTP server, in the event loop of the router."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+#: Connections that may wait to be taken.
+_BACKLOG = 512
+_KEEP_ALIVE_S = 30
+#: Seconds that calls get to end when the server stops.
+_STOP_GRACE_S = 1
+
+
+class _Server(uvicorn.Server):
+    """Leaves the process's signals to whoever runs the event loop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Captures none."""
+        yield
+
+
+class HttpServer:
+    """Serves an application on one port.
+
+    Args:
+        app: the application.
+        host: interface to listen on.
+        port: 0 takes a free one.
+        stall_s: seconds that written bytes may wait for the client to take them; then its connection is ended.
+        max_connections: open at once; further ones are answered with 503.
+    """
+
+    def __init__(self, app: ASGIApp, host: str, port: int, *, stall_s: float, max_connections: int):
+        self._address, self._stall_s = (host, port), stall_s
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_STOP_GRACE_S,
+            limit_concurrency=max_connections,
+        )
+        self._server = _Server(config)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Listens, and returns the port.
+
+        Raises:
+            OSError: the port is taken.
+        """
+        family = socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Taken over by every connection: the kernel ends one whose other side takes nothing.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self._stall_s * 1e3))
+            listener.bind(self._address)
+            listener.listen(_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+        listener.setblocking(False)
+        self._task = asyncio.create_task(self._server.serve([listener]))
+        while not self._server.started and not self._task.done():
+            await asyncio.sleep(0.001)
+        if self._task.done():
+            self._task.result()
+        return int(listener.getsockname()[1])
+
+    async def stop(self) -> None:
+        """Ends what runs and closes all connections. Safe to call twice."""
+        task, self._task = self._task, None
+        if task is not None:
+            self._server.should_exit = True
+            await task
