@@ -62,6 +62,7 @@ class ServedDemoConfig:
             num_replicas=2,
             num_pages=1024,
             grpc_port=0,
+            http_port=None,
         )
     )
 

@@ -121,6 +121,7 @@ def served(config: ServeBenchConfig, console: Console) -> Iterator[tuple[str, di
         draft_head=config.draft_head,
         dtype=config.dtype,
         grpc_port=0,
+        http_port=None,
         enable_prefix_cache=False,
     )
     launch.connect(None, cluster, log_to_driver=False)

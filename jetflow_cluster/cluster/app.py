@@ -84,7 +84,11 @@ class Router:
         target, _ = checkpoints(config.engine_config())
         tokenizer = str(target) if (Path(target) / "tokenizer.json").exists() else None
         self._config = RouterConfig(
-            router_id=self._id, port=config.grpc_port, tokenizer=tokenizer, drain_timeout_s=config.drain_timeout_s
+            router_id=self._id,
+            port=config.grpc_port,
+            http_port=config.http_port,
+            tokenizer=tokenizer,
+            drain_timeout_s=config.drain_timeout_s,
         )
         self._server: RouterServer | None = None
         self._tasks: list[asyncio.Task[None]] = []

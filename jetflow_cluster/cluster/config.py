@@ -46,6 +46,8 @@ class ClusterConfig:
     num_threads_per_actor: int | None = None
     #: Port of the routers' gRPC server.
     grpc_port: int = 9000
+    #: Port of the routers' OpenAI-compatible API over HTTP; 0 takes a free one, None serves none.
+    http_port: int | None = 8000
     #: KV slots per page.
     page_size: int = 16
     #: Pages of the KV cache; None is a plan from free memory and the largest possible batch.
@@ -92,6 +94,8 @@ class ClusterConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 <= self.grpc_port < 65536:
             raise ValueError(f"grpc_port = {self.grpc_port}: must be in [0, 65535]; 0 takes a free one")
+        if self.http_port is not None and not 0 <= self.http_port < 65536:
+            raise ValueError(f"http_port = {self.http_port}: must be in [0, 65535]; 0 takes a free one, None serves none")
         for name in (
             "silence_s",
             "health_timeout_s",

@@ -76,6 +76,7 @@ class Deployment:
             "dtype": "float64",
             "num_pages": 512,
             "grpc_port": 0,
+            "http_port": None,
             "tensor_parallel_size": 2,
             "draft_placement": "dedicated",
             "num_draft_workers": 1,

@@ -63,7 +63,8 @@ def test_serve_answers_and_leaves_nothing_behind(tmp_path: Path) -> None:
         folder.mkdir()
     write_target(target, seed=3, num_layers=4)
     write_head(head, target, seed=4)
-    settings = {"model": target, "draft_head": head, "dtype": "float64", "num_pages": 128, "grpc_port": 0}
+    settings = {"model": target, "draft_head": head, "dtype": "float64", "num_pages": 128}
+    settings |= {"grpc_port": 0, "http_port": 0}
     settings |= {"tensor_parallel_size": 2, "num_threads_per_actor": 1, "drain_timeout_s": 30}
     command = [sys.executable, "-m", "jetflow_cluster"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}

@@ -62,7 +62,7 @@ def cluster() -> Iterator[None]:
 def deploy(checkpoints: tuple[str, str], **config: Any) -> tuple[JetFlowClient, Any]:
     model, head = checkpoints
     app = build_app(
-        {"model": model, "draft_head": head, "dtype": "float64", "num_pages": 128, "grpc_port": 0}
+        {"model": model, "draft_head": head, "dtype": "float64", "num_pages": 128, "grpc_port": 0, "http_port": 0}
         | {"num_threads_per_actor": 1, "drain_timeout_s": 5.0}
         | config
     )
