@@ -95,7 +95,9 @@ class ClusterConfig:
         if not 0 <= self.grpc_port < 65536:
             raise ValueError(f"grpc_port = {self.grpc_port}: must be in [0, 65535]; 0 takes a free one")
         if self.http_port is not None and not 0 <= self.http_port < 65536:
-            raise ValueError(f"http_port = {self.http_port}: must be in [0, 65535]; 0 takes a free one, None serves none")
+            raise ValueError(
+                f"http_port = {self.http_port}: must be in [0, 65535]; 0 takes a free one, None serves none"
+            )
         for name in (
             "silence_s",
             "health_timeout_s",

@@ -32,7 +32,8 @@ def test_silence_is_a_loss_and_requests_go_on() -> None:
             frozen, other = (first, second) if first.frozen else (second, first)
             other.faults.clear()
             await until(lambda: healthy(made) == {other.replica_id})
-            assert time.monotonic() - began >= 1.0
+            # A look counts whole, though the last frame may have come within it.
+            assert time.monotonic() - began >= 0.9
             seen = await running
             seen.check(message)
             assert seen.finished is not None and seen.finished.num_resumes >= 1

@@ -16,13 +16,6 @@ _KINDS = {
     list: "a list",
     dict: "an object",
 }
-    str: "a string",
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
 
 
 class Fields:
