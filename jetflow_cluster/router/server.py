@@ -15,11 +15,11 @@ from jetflow_cluster.metrics import Metrics
 from jetflow_cluster.router.config import RouterConfig
 from jetflow_cluster.router.dispatcher import Dispatcher
 from jetflow_cluster.router.health import HealthServicer
-from jetflow_cluster.router.http.app import HttpApi, http_app
-from jetflow_cluster.router.http.server import HttpServer
 from jetflow_cluster.router.peers import Peers
 from jetflow_cluster.router.servicer import InferenceServicer
 from jetflow_cluster.router.text import TextCodec
+from jetflow_cluster.router.web.app import HttpApi, http_app
+from jetflow_cluster.router.web.server import HttpServer
 from jetflow_cluster.rpc.errors import StatusError
 from jetflow_cluster.rpc.interceptor import ErrorInterceptor
 from jetflow_cluster.rpc.options import SERVER_OPTIONS

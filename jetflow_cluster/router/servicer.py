@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
 from jetflow_cluster.router.delivery import Delivery
 from jetflow_cluster.router.dispatcher import Dispatcher
 from jetflow_cluster.router.peers import FORWARDED, Peers
-from jetflow_cluster.router.routed_request import Emit, RoutedRequest
+from jetflow_cluster.router.routed_request import RoutedRequest
 from jetflow_cluster.router.text import TextCodec
+from jetflow_cluster.router.watch import Emit
 from jetflow_cluster.rpc import checks
 from jetflow_cluster.rpc.convert import check_request
 from jetflow_cluster.rpc.errors import StatusError
@@ -56,22 +57,30 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
     # A coroutine that writes, and no generator: cancellation ends it wherever it is, and not when it is collected.
     async def GenerateStream(self, request: pb.GenerateRequest, context: Any) -> None:
         """One request; `Started`, deltas, `Finished`."""
-        await self.generate(request, context.write, time_left_s=context.time_remaining())
+        await self.generate(request, context.write, **_about(context))
 
-    async def generate(self, request: pb.GenerateRequest, emit: Emit, *, time_left_s: float | None = None) -> None:
+    async def generate(
+        self,
+        request: pb.GenerateRequest,
+        emit: Emit,
+        *,
+        time_left_s: float | None = None,
+        headers: Iterable[tuple[str, str | bytes]] = (),
+    ) -> None:
         """One request, whatever protocol it came by. Cancelling this ends it on its replica.
 
         Args:
             request: not checked yet.
             emit: takes `Started`, deltas, `Finished`; while it waits, nothing further is emitted.
             time_left_s: of the call; None is no limit.
+            headers: of the call, names in lower case; they may tell of the caller's trace.
 
         Raises:
             StatusError: as documented for the API.
             InvalidRequestError: the request cannot be honoured.
         """
         with self._counted():
-            await (await self._make(request, time_left_s)).run(emit)
+            await (await self._make(request, time_left_s, headers)).run(emit)
 
     async def GenerateOnce(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResult:
         """One request, answered when it is finished."""
@@ -87,7 +96,7 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
             elif kind is not None:
                 getattr(result, kind).CopyFrom(getattr(event, kind))
 
-        await self.generate(request, collect, time_left_s=context.time_remaining())
+        await self.generate(request, collect, **_about(context))
         result.text = "".join(text)
         return result
 
@@ -147,7 +156,9 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
             replicas=dispatcher.replicas.loads(),
         )
 
-    async def _make(self, request: pb.GenerateRequest, time_left_s: float | None) -> RoutedRequest:
+    async def _make(
+        self, request: pb.GenerateRequest, time_left_s: float | None, headers: Iterable[tuple[str, str | bytes]]
+    ) -> RoutedRequest:
         """A request that was checked and encoded."""
         arrived = time.monotonic()
         if self.is_draining:
@@ -161,7 +172,7 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
             token_ids = await self._encode(request)
         seed = params.seed if params.seed is not None else secrets.randbits(_SEED_BITS)
         delivery = Delivery(request, token_ids, seed)
-        trace = trace_headers(context.invocation_metadata())
+        trace = trace_headers(headers)
         return RoutedRequest(self._dispatcher, request, delivery, arrived=arrived, deadline=deadline, trace=trace)
 
     async def _encode(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
@@ -188,6 +199,10 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
             self._num_running -= 1
             if not self._num_running:
                 self._idle.set()
+
+
+def _about(context: Any) -> dict[str, Any]:
+    return {"time_left_s": context.time_remaining(), "headers": context.invocation_metadata() or ()}
 
 
 def _deadline(request: pb.GenerateRequest, time_left_s: float | None, arrived: float) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jetflow_cluster.router.http.fields import Fields
+from jetflow_cluster.router.web.fields import Fields
 from jetflow_cluster.rpc import checks
 from jetflow_cluster.rpc.convert import sampling_to_proto
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jetflow_cluster.router.http.openai_requests import ApiRequest
+from jetflow_cluster.router.web.openai_requests import ApiRequest
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 
 _REASONS: dict[int, str] = {

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from jetflow_cluster.router.http.errors import HttpError
+from jetflow_cluster.router.web.errors import HttpError
 from jetflow_cluster.types import InvalidRequestError
 
 #: Seconds for a body to come.

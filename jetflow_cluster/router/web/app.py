@@ -15,12 +15,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jetflow_cluster.router.http.errors import HttpError, http_error, internal_error
-from jetflow_cluster.router.http.openai_answers import Answer, model_of
-from jetflow_cluster.router.http.openai_requests import Kind, read_request
-from jetflow_cluster.router.http.transport import EventStream, Push, read_json, while_connected
 from jetflow_cluster.router.servicer import InferenceServicer
 from jetflow_cluster.router.text import TextCodec
+from jetflow_cluster.router.web.errors import HttpError, http_error, internal_error
+from jetflow_cluster.router.web.openai_answers import Answer, model_of
+from jetflow_cluster.router.web.openai_requests import Kind, read_request
+from jetflow_cluster.router.web.transport import EventStream, Push, read_json, while_connected
 from jetflow_cluster.rpc.limits import MAX_REQUEST_BYTES
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 
@@ -67,14 +67,15 @@ class HttpApi:
                     for chunk in answer.chunks(event):
                         await push(chunk)
 
-                await self._servicer.generate(asked.message, emit)
+                await self._servicer.generate(asked.message, emit, headers=request.headers.items())
 
             return EventStream(produce, tell)
 
         async def gather(event: pb.GenerateEvent) -> None:
             answer.add(event)
 
-        await while_connected(request.receive, self._servicer.generate(asked.message, gather))
+        work = self._servicer.generate(asked.message, gather, headers=request.headers.items())
+        await while_connected(request.receive, work)
         return JSONResponse(answer.whole())
 
     async def _models(self, request: Request) -> ASGIApp:
