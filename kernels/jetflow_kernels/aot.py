@@ -20,7 +20,7 @@ from typing import Any
 #: Compute capabilities that are compiled for, with the bytes of shared memory that one block may use.
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 #: Ops that have a kernel.
-OPS = ("tree_attention", "build_tree")
+OPS = ("tree_attention", "build_tree", "philox_gumbel", "accept_tree")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +43,8 @@ class KernelConfiguration:
     max_registers: int | None = None
     #: Registers may spill: head sizes above 128.
     may_spill: bool = False
+    #: A product and a sum may become one operation, rounded once.
+    fuses_products: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +93,8 @@ def compile_ahead(configuration: KernelConfiguration, capability: int) -> Compil
         constexprs=dict(configuration.constants),
         attrs=attributes,
     )
-    options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
+    options: dict[str, object] = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
+    options["enable_fp_fusion"] = configuration.fuses_products
     if configuration.max_registers is not None:
         options["maxnreg"] = configuration.max_registers
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
