@@ -8,7 +8,23 @@ import torch
 
 from jetflow_cluster.engine.protocols import ScheduledRequest
 from jetflow_cluster.engine.request import Request
-from jetflow_cluster.layers.sampler import SamplingRow, TokenCounts, choose_tokens, is_plain_greedy
+from jetflow_cluster.layers.sampler import SamplingRow, choose_tokens, is_plain_greedy
+from jetflow_cluster.tree.accept import AcceptedPath, accept_trees
+from jetflow_cluster.tree.draft_tree import DraftTree
+
+
+def accept_on_host(
+    items: Sequence[ScheduledRequest], first_rows: Sequence[int], trees: Sequence[DraftTree], logits: torch.Tensor
+) -> list[AcceptedPath]:
+    """The accepted path of each item.
+
+    Args:
+        items: those that choose a token in this step.
+        first_rows: row of `logits` of each item's root; node i has the i-th row from there.
+        trees: of each item.
+        logits: ``[M, vocab_size]``.
+    """
+    return accept_trees(trees, TargetChoice(items, first_rows, logits))
 
 
 class TargetChoice:
@@ -48,14 +64,11 @@ class TargetChoice:
         return request.num_output + len(path) < request.params.min_tokens
 
     def _row(self, request: Request, path: list[int]) -> SamplingRow:
-        if request.token_counts is None:
-            first = len(request.prompt_token_ids)
-            request.token_counts = TokenCounts(request.prompt_token_ids, request.token_ids[first:])
         return SamplingRow(
             params=request.params,
             seed=request.seed,
             position=len(request.token_ids) + len(path),
-            counts=request.token_counts,
+            counts=request.counted_tokens(),
             path=path,
             suppressed_ids=request.suppressed_ids if self._is_below_minimum(request, path) else (),
         )

@@ -26,7 +26,9 @@ def accept_on_device(
     for r, tree in enumerate(trees):
         nodes[:, r, : tree.num_nodes] = torch.tensor((tree.token_ids, tree.parents), dtype=torch.int32)
     sizes = torch.tensor([[tree.num_nodes for tree in trees], first_rows], dtype=torch.int32).to(device)
-    token_ids, parents = nodes.to(device)
+    # Rows of their own, aligned as all tensors are.
+    token_ids, parents = (x.clone() for x in nodes.to(device))
+    counts, roots = (x.clone() for x in sizes)
     out = WalkBuffers.allocate(
         num_requests=len(trees),
         num_levels=1 + max(max(tree.depths) for tree in trees),
@@ -35,9 +37,7 @@ def accept_on_device(
         is_processed=table is not None and table.is_processed,
         device=device,
     )
-    verified = VerifiedTrees(
-        token_ids=token_ids, parents=parents, counts=sizes[0], first_rows=sizes[1], logits=logits
-    )
+    verified = VerifiedTrees(token_ids=token_ids, parents=parents, counts=counts, first_rows=roots, logits=logits)
     accept_tree(verified, table, out)
     return paths_of(out)
 

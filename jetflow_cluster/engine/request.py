@@ -113,6 +113,12 @@ class Request:
             self.is_draft_lost = True
             self.pending_fused.clear()
 
+    def counted_tokens(self) -> TokenCounts:
+        """How often each token occurs so far."""
+        if self.token_counts is None:
+            self.token_counts = TokenCounts(self.prompt_token_ids, self.token_ids[len(self.prompt_token_ids) :])
+        return self.token_counts
+
     @property
     def room(self) -> int:
         """Tokens that the request may still emit."""

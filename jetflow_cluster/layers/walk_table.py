@@ -33,9 +33,7 @@ class WalkSampling:
     barred_ids: Sequence[int] = ()
 
 
-def sampling_table(
-    requests: Sequence[WalkSampling], *, vocab_size: int, device: torch.device
-) -> SamplingTable | None:
+def sampling_table(requests: Sequence[WalkSampling], *, vocab_size: int, device: torch.device) -> SamplingTable | None:
     """The table of a batch; None when all requests take the best logit.
 
     Raises:
@@ -48,7 +46,7 @@ def sampling_table(
         num_requests=len(requests),
         num_changed=max(len(ids) for ids, _, _ in changed),
         num_barred=max(len(r.barred_ids) for r in requests),
-        has_changes=any(len(ids) or r.num_barred or has_penalties(r.params) for r, (ids, _, _) in zip(requests, changed, strict=True)),
+        has_changes=any(r.params.logit_bias or r.num_barred or has_penalties(r.params) for r in requests),
         has_filters=any(_has_filters(r.params) for r in requests),
         device=torch.device("cpu"),
     )
@@ -64,8 +62,7 @@ def sampling_table(
         table.changed_counts[i, : len(ids)] = counts
         table.changed_bias[i, : len(ids)] = bias
         table.barred_ids[i, : len(r.barred_ids)] = torch.tensor(r.barred_ids, dtype=torch.int32)
-    on_device = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in vars(table).items()}
-    return SamplingTable(**on_device)
+    return table.to(device)
 
 
 def _has_filters(params: SamplingParams) -> bool:

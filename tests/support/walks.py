@@ -79,9 +79,7 @@ def paths_of(out: WalkBuffers) -> list[AcceptedPath]:
     """What a walk left, on the host."""
     return [
         AcceptedPath(nodes=nodes[:length], token_ids=tokens[:length])
-        for nodes, tokens, length in zip(
-            out.nodes.tolist(), out.token_ids.tolist(), out.lengths.tolist(), strict=True
-        )
+        for nodes, tokens, length in zip(out.nodes.tolist(), out.token_ids.tolist(), out.lengths.tolist(), strict=True)
     ]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -83,6 +84,11 @@ class SamplingTable:
             has_changes=has_changes,
             has_filters=has_filters,
         )
+
+    def to(self, device: torch.device) -> SamplingTable:
+        """The same on another device."""
+        tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from jetflow_kernels.accept_tree.buffers import SamplingTable, VerifiedTrees, WalkBuffers
 from jetflow_kernels.accept_tree.reference import accept_tree_reference, commit_slots_reference
-
-
-def _is_for_triton(device: torch.device) -> bool:
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+from jetflow_kernels.devices import runs_triton
 
 
 def accept_tree(trees: VerifiedTrees, table: SamplingTable | None, out: WalkBuffers) -> None:
     """Walks all trees: at each accepted node the target's own token, and the first child that carries it, if any, is
     next. Nothing is read back to the host, and every launch has the same grid for the same buffers.
 
-    The token is the argmax of the scores, the lowest id of equals; scores are the logits in fp64 behind penalties, bias,
-    barred tokens, temperature, top-k, top-p and min-p, in this order, plus Gumbel noise keyed by seed, position and token
-    (`jetflow_kernels.philox_gumbel`). Greedy requests have neither temperature nor filters nor noise.
+    The token is the argmax of the scores, the lowest id of equals; scores are the logits in fp64 behind penalties,
+    bias, barred tokens, temperature, top-k, top-p and min-p, in this order, plus Gumbel noise keyed by seed, position
+    and token (`jetflow_kernels.philox_gumbel`). Greedy requests have neither temperature nor filters nor noise.
 
     Args:
         trees: with the logits of their rows.
@@ -39,7 +34,7 @@ def accept_tree(trees: VerifiedTrees, table: SamplingTable | None, out: WalkBuff
         )
     if table is None and out.best_scores.shape[0] < trees.logits.shape[0]:
         raise ValueError(f"logits of {trees.logits.shape[0]} rows: the buffers hold {out.best_scores.shape[0]}")
-    if not _is_for_triton(trees.logits.device):
+    if not runs_triton(trees.logits.device):
         accept_tree_reference(trees, table, out)
         return
     from jetflow_kernels.accept_tree.kernel import accept_tree_triton
@@ -66,7 +61,7 @@ def commit_slots(
         page_table: int32 ``[R, P]``.
         page_size: slots per page.
     """
-    if _is_for_triton(out.nodes.device):
+    if runs_triton(out.nodes.device):
         from jetflow_kernels.accept_tree.kernel import commit_slots_triton as implementation
     else:
         implementation = commit_slots_reference

@@ -16,18 +16,19 @@ from jetflow_kernels.philox_gumbel.kernel import gumbel
 #: Scores, changed tokens and rows of a path that one pass of a program takes.
 BLOCK_FILTER, BLOCK_CHANGED, BLOCK_PATH = 2048, 256, 64
 _NOBODY = tl.constexpr(2**31 - 1)
+#: All that a thread can have.
+MAX_REGISTERS = 255
 #: A product and a sum that were fused would differ from the CPU's.
-_EXACT: dict[str, Any] = {"enable_fp_fusion": False}
+_OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "maxnreg": MAX_REGISTERS}
 
 
 @triton.jit
 def _load_scores(p_logits, m):
     """Logits in fp64; what is not a number counts as infinite."""
     b_logits = tl.load(p_logits, mask=m, other=0.0)
-    if p_logits.dtype.element_ty == tl.float64:
-        b_scores = b_logits
-    else:
-        b_scores = b_logits.to(tl.float32).to(tl.float64)
+    if p_logits.dtype.element_ty != tl.float64:
+        b_logits = b_logits.to(tl.float32)
+    b_scores = b_logits.to(tl.float64)
     return tl.where(b_scores == b_scores, b_scores, float("inf"))
 
 
@@ -163,7 +164,7 @@ def changes_kernel(
         # [BLOCK_L]
         b_ids = tl.load(p_path + o_path + o_l, mask=m_l, other=-1)
         b_counts = tl.zeros([BLOCK_L], dtype=tl.int32)
-        for i in range(0, length):
+        for i in range(length):
             b_counts += (b_ids == tl.load(p_path + o_path + i)).to(tl.int32)
         b_scores = _changed(p_row, b_ids, b_counts, tl.zeros([BLOCK_L], dtype=tl.float64), p_request, m_l)
         tl.store(p_out + b_ids, b_scores, mask=m_l)
@@ -177,7 +178,7 @@ def changes_kernel(
         b_ids = tl.load(p_changed_ids + o_first + o_c, mask=m_c, other=-1)
         b_counts = tl.load(p_changed_counts + o_first + o_c, mask=m_c, other=-1)
         b_bias = tl.load(p_changed_bias + o_first + o_c, mask=m_c, other=0.0)
-        for i in range(0, length):
+        for i in range(length):
             is_here = b_ids == tl.load(p_path + o_path + i)
             b_counts = tl.where(is_here, tl.maximum(b_counts, 0) + 1, b_counts)
         b_counts = tl.where(has_penalties, b_counts, -1)
@@ -396,25 +397,25 @@ def accept_tree_triton(trees: VerifiedTrees, table: SamplingTable | None, out: W
     s_row = trees.logits.stride(0)
     if table is None:
         best_tokens_kernel[(num_rows, num_chunks)](
-            trees.logits, *best, vocab_size, s_row, num_chunks, CHUNK=CHUNK, num_warps=4
+            trees.logits, *best, vocab_size, s_row, num_chunks, CHUNK=CHUNK, num_warps=4, **_OPTIONS
         )
         walk_best_kernel[(num_requests,)](
-            *tree, trees.first_rows, *best, *walk, num_nodes, num_levels, num_chunks, **blocks, num_warps=4
+            *tree, trees.first_rows, *best, *walk, num_nodes, num_levels, num_chunks, **blocks, num_warps=4, **_OPTIONS
         )
         return
     start_kernel[(1,)](
         trees.counts, out.nodes, out.lengths, out.walking, num_levels, num_requests,
-        BLOCK_R=_block(num_requests), num_warps=1,
+        BLOCK_R=_block(num_requests), num_warps=1, **_OPTIONS,
     )  # fmt: skip
     for _ in range(num_levels):
         _process_reached(trees, table, out)
         draw_kernel[(num_requests, num_chunks)](
             trees.logits, out.scores, trees.first_rows, out.nodes, out.lengths, out.walking,
             table.numbers, table.factors, out.cut, out.cut_id, *best, vocab_size, num_levels, s_row, num_chunks,
-            IS_PROCESSED=table.is_processed, HAS_FILTERS=table.has_filters, CHUNK=CHUNK, num_warps=4, **_EXACT,
+            IS_PROCESSED=table.is_processed, HAS_FILTERS=table.has_filters, CHUNK=CHUNK, num_warps=4, **_OPTIONS,
         )  # fmt: skip
         step_kernel[(num_requests,)](
-            *tree, *best, *walk, num_nodes, num_levels, num_chunks, **blocks, num_warps=4
+            *tree, *best, *walk, num_nodes, num_levels, num_chunks, **blocks, num_warps=4, **_OPTIONS
         )  # fmt: skip
 
 
@@ -424,7 +425,7 @@ def _process_reached(trees: VerifiedTrees, table: SamplingTable, out: WalkBuffer
     if table.is_processed:
         scores_kernel[(num_requests, out.best_scores.shape[1])](
             trees.logits, trees.first_rows, out.nodes, out.lengths, out.walking, table.factors, out.scores,
-            vocab_size, num_levels, s_row, CHUNK=CHUNK, num_warps=4, **_EXACT,
+            vocab_size, num_levels, s_row, CHUNK=CHUNK, num_warps=4, **_OPTIONS,
         )  # fmt: skip
     if table.has_changes:
         changes_kernel[(num_requests,)](
@@ -432,12 +433,12 @@ def _process_reached(trees: VerifiedTrees, table: SamplingTable, out: WalkBuffer
             table.numbers, table.factors, table.changed_ids, table.changed_counts, table.changed_bias,
             table.barred_ids, out.scores, vocab_size, num_levels, s_row,
             table.changed_ids.shape[1], table.barred_ids.shape[1],
-            BLOCK=BLOCK_CHANGED, BLOCK_L=_block(num_levels), num_warps=4, **_EXACT,
+            BLOCK=BLOCK_CHANGED, BLOCK_L=_block(num_levels), num_warps=4, **_OPTIONS,
         )  # fmt: skip
     if table.has_filters:
         filters_kernel[(num_requests,)](
             out.scores, out.shortlist, table.numbers, table.factors, out.walking, out.cut, out.cut_id,
-            vocab_size, BLOCK=BLOCK_FILTER, num_warps=8, **_EXACT,
+            vocab_size, BLOCK=BLOCK_FILTER, num_warps=8, **_OPTIONS,
         )  # fmt: skip
 
 
@@ -455,7 +456,7 @@ def commit_slots_triton(
     if num_requests:
         commit_slots_kernel[(num_requests,)](
             out.nodes, out.lengths, context_lens, page_table, source_slots, target_slots,
-            num_levels, page_table.stride(0), page_size, BLOCK_L=_block(num_levels), num_warps=1,
+            num_levels, page_table.stride(0), page_size, BLOCK_L=_block(num_levels), num_warps=1, **_OPTIONS,
         )  # fmt: skip
 
 
@@ -493,12 +494,15 @@ def _configuration(
     doubles = ("p_scores", "p_lists", "p_best", "p_cut", "p_factors", "p_changed_bias")
     types = {"p_logits": f"*{logits}"} | dict.fromkeys(doubles, "*fp64")
     types |= dict.fromkeys(("p_numbers", "p_source", "p_target"), "*i64")
+    types = {n: types.get(n, "*i32" if n.startswith("p_") else "i32") for n in kernel.arg_names if n not in constants}
     return KernelConfiguration(
         name=f"accept_tree_{name}",
         kernel=kernel,
-        types={n: types.get(n, "*i32" if n.startswith("p_") else "i32") for n in kernel.arg_names if n not in constants},
+        types=types,
         constants=constants,
+        multiples_of_16=frozenset(n for n in types if n.startswith("p_")),
         num_warps=num_warps,
         num_stages=3,
+        max_registers=MAX_REGISTERS,
         fuses_products=False,
     )

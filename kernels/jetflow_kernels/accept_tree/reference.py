@@ -11,7 +11,8 @@ from jetflow_kernels.philox_gumbel.reference import philox_gumbel_reference
 def accept_tree_reference(trees: VerifiedTrees, table: SamplingTable | None, out: WalkBuffers) -> None:
     """See `jetflow_kernels.accept_tree.accept_tree`."""
     for r, count in enumerate(trees.counts.tolist()):
-        nodes, path = [0] * bool(count), []
+        nodes = [0] * bool(count)
+        path: list[int] = []
         while len(path) < len(nodes):
             logits = trees.logits[int(trees.first_rows[r]) + nodes[-1]].double()
             logits = torch.where(logits.isnan(), float("inf"), logits)
@@ -33,14 +34,15 @@ def _scores(logits: torch.Tensor, table: SamplingTable, r: int, path: list[int])
     temperature, top_p, log_min_p, repetition, presence, frequency = table.factors[r].tolist()
     scores = logits.clone()
     counts = dict.fromkeys(path, 0)
-    for token, count in zip(table.changed_ids[r].tolist(), table.changed_counts[r, :num_changed].tolist(), strict=False):
+    changed_ids, changed_counts = table.changed_ids[r, :num_changed], table.changed_counts[r, :num_changed]
+    for token, count in zip(changed_ids.tolist(), changed_counts.tolist(), strict=True):
         if count >= 0:
             counts[token] = count
     for token, count in counts.items():
         value, count = scores[token].item(), count + path.count(token)
         value = value / repetition if value > 0 else value * repetition
         scores[token] = value - (presence * (count > 0) + frequency * count)
-    scores[table.changed_ids[r, :num_changed].long()] += table.changed_bias[r, :num_changed]
+    scores[changed_ids.long()] += table.changed_bias[r, :num_changed]
     if len(path) < num_barred:
         barred = table.barred_ids[r]
         scores[barred[(barred >= 0) & (barred < len(scores))].long()] = float("-inf")

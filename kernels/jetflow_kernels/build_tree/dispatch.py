@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from jetflow_kernels.build_tree.buffers import Candidates, RowLayout, TreeBuffers, TreeLimits
 from jetflow_kernels.build_tree.reference import build_tree_reference, lay_out_rows_reference
-
-
-def _is_for_triton(device: torch.device) -> bool:
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+from jetflow_kernels.devices import runs_triton
 
 
 def build_tree(candidates: Candidates, limits: TreeLimits, out: TreeBuffers) -> None:
@@ -39,7 +34,7 @@ def build_tree(candidates: Candidates, limits: TreeLimits, out: TreeBuffers) -> 
         )
     if limits.cost is not None and limits.cost.shape[0] <= out.num_rows:
         raise ValueError(f"cost has {limits.cost.shape[0]} entries: must have one for 0 to {out.num_rows} rows")
-    if not _is_for_triton(candidates.ids.device):
+    if not runs_triton(candidates.ids.device):
         build_tree_reference(candidates, limits, out)
         return
     from jetflow_kernels.build_tree.kernel import build_tree_triton
@@ -70,7 +65,7 @@ def lay_out_rows(
         pad_slot: slot of rows behind the last one.
         tile_rows: rows of one tree in a tile.
     """
-    if _is_for_triton(trees.token_ids.device):
+    if runs_triton(trees.token_ids.device):
         from jetflow_kernels.build_tree.kernel import lay_out_rows_triton as implementation
     else:
         implementation = lay_out_rows_reference

@@ -446,6 +446,7 @@ def _configuration(
         kernel=kernel,
         types=types,
         constants=constants,
+        multiples_of_16=frozenset(n for n in types if n.startswith("p_")),
         num_warps=num_warps,
         num_stages=3,
         max_registers=max_registers,

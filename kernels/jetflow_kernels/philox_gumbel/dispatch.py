@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from jetflow_kernels.devices import runs_triton
 from jetflow_kernels.philox_gumbel.reference import philox_gumbel_reference
 
 
@@ -23,7 +22,7 @@ def philox_gumbel(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch
         in their last bit.
     """
     seeds, positions, token_ids = torch.broadcast_tensors(seeds, positions, token_ids)
-    if token_ids.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if not runs_triton(token_ids.device):
         return philox_gumbel_reference(seeds, positions, token_ids)
     from jetflow_kernels.philox_gumbel.kernel import philox_gumbel_triton
 

@@ -70,6 +70,7 @@ def shipped_configurations() -> list[KernelConfiguration]:
             kernel=philox_gumbel_kernel,
             types=types,
             constants={"BLOCK": BLOCK},
+            multiples_of_16=frozenset(n for n in types if n.startswith("p_")),
             num_warps=4,
             num_stages=3,
         )

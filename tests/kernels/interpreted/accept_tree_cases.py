@@ -143,7 +143,11 @@ def test_slots(device: str) -> None:
 
 @pytest.mark.parametrize(
     "seed, position, token, value",
-    [(0, 0, 0, 0.08482025111138775), (2**64 - 1, 2**31, 151_935, 2.075926950523781), (20_260_618, 1234, 4095, -0.5902546555633533)],
+    [
+        (0, 0, 0, 0.08482025111138775),
+        (2**64 - 1, 2**31, 151_935, 2.075926950523781),
+        (20_260_618, 1234, 4095, -0.5902546555633533),
+    ],
 )
 def test_noise_known_answers(seed: int, position: int, token: int, value: float, device: str) -> None:
     signed = torch.tensor([seed - 2**64 if seed >= 2**63 else seed], device=device)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
+from jetflow_cluster.engine.device_builder import build_trees_on_device
 from jetflow_cluster.tree.build import CandidateTable, build_trees
 from jetflow_cluster.tree.mask import packed_ancestor_mask
 from jetflow_kernels.build_tree import (
@@ -72,38 +74,32 @@ def test_no_request(device: str) -> None:
     compare(make_tables(rng, **shape, spread=2, budget=5), device)
 
 
+@pytest.mark.parametrize("is_priced", [False, True], ids=["unpriced", "priced"])
 @pytest.mark.parametrize("spread", [0, 2, 100_000])
-def test_trees_equal_those_of_the_cpu(spread: int, device: str) -> None:
-    rng = random.Random(spread)
-    for _ in range(2):
-        num_requests, budget = rng.randint(1, 4), rng.choice((4, 9, 30))
-        shape = {"num_requests": num_requests, "num_depths": 6, "width": 4, "is_conditional": True, "num_nodes": 12}
-        case = make_tables(rng, **shape, spread=spread, budget=budget)
-        requests = case.limits.requests
-        requests[:, 0].clamp_(min=1)
-        requests[:, 3] = 0
-        built = case.buffers(device)
-        moved = case.to(device)
-        build_tree(moved.candidates, moved.limits, built)
-        widths = requests[:, 2].tolist()
-        tables = [
-            CandidateTable(
-                ids=case.candidates.ids[r, :, : widths[r]],
-                scores=case.candidates.scores[r, :, : widths[r] if widths[r] > 1 else 1, : widths[r]],
-            )
-            for r in range(num_requests)
-        ]
-        trees = build_trees(
-            tables,
-            case.limits.anchor_ids.tolist(),
-            max_nodes=requests[:, 0].tolist(),
-            max_depths=requests[:, 1].tolist(),
-            verify_budget=budget,
-        )
-        assert built.counts.tolist() == [tree.num_nodes for tree in trees]
-        for r, tree in enumerate(trees):
-            for name in ("token_ids", "parents", "depths", "scores"):
-                assert getattr(built, name)[r, : tree.num_nodes].tolist() == getattr(tree, name)
+def test_trees_equal_those_of_the_cpu(spread: int, is_priced: bool, device: str) -> None:
+    """Tables of different shapes, with biases, as an engine gives them."""
+    rng = random.Random(f"{spread} {is_priced}")
+    for _ in range(4):
+        num_requests = rng.randint(1, 5)
+        tables = [None if rng.random() < 0.2 else make_table(rng, spread) for _ in range(num_requests)]
+        arguments = {
+            "max_nodes": [rng.choice((1, 2, 9, 14)) for _ in tables],
+            "max_depths": [rng.choice((0, 1, 3, 30)) for _ in tables],
+            "verify_budget": rng.choice((None, num_requests, num_requests + 3, num_requests + 20)),
+            "biases": rng.choice((None, [rng.choice((0, -3, 5, 90_000)) for _ in tables])),
+            "row_costs": (40 + np.cumsum([rng.choice((0, 1, 9)) for _ in range(99)])) if is_priced else None,
+        }
+        anchors = [rng.randint(0, 99) for _ in tables]
+        built = build_trees_on_device(tables, anchors, **arguments, device=torch.device(device))
+        assert built == build_trees(tables, anchors, **arguments)
+
+
+def make_table(rng: random.Random, spread: int) -> CandidateTable:
+    depth, width = rng.randint(1, 5), rng.choice((1, 2, 4))
+    shape = (depth, rng.choice((1, width)), width)
+    scores = [-rng.randint(0, spread) for _ in range(torch.Size(shape).numel())]
+    ids = torch.randint(0, 9, (depth, width), generator=torch.Generator().manual_seed(rng.randrange(99)))
+    return CandidateTable(ids=ids, scores=torch.tensor(scores, dtype=torch.int32).view(shape))
 
 
 @pytest.mark.parametrize("num_nodes", [5, 40])
