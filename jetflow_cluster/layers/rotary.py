@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from jetflow_kernels.pointwise import rotate
+
+__all__ = ["RopeConfig", "Rotary", "inverse_frequencies", "rotate", "yarn_attention_factor"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
@@ -91,8 +95,3 @@ class Rotary:
             torch.cat((cos, cos), -1)[:, None].to(dtype),
             torch.cat((-sin, sin), -1)[:, None].to(dtype),
         )
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates heads ``[T, H, head_dim]`` by `Rotary.angles`."""
-    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)

@@ -20,7 +20,7 @@ from typing import Any
 #: Compute capabilities that are compiled for, with the bytes of shared memory that one block may use.
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 #: Ops that have a kernel.
-OPS = ("tree_attention", "build_tree", "philox_gumbel", "accept_tree")
+OPS = ("tree_attention", "qk_norm_rope_store", "commit_kv", "build_tree", "philox_gumbel", "accept_tree")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,10 +35,10 @@ class KernelConfiguration:
     types: Mapping[str, str]
     #: Value of each `tl.constexpr` argument.
     constants: Mapping[str, object]
-    #: Arguments that are multiples of 16 in every launch: aligned pointers, strides.
-    multiples_of_16: frozenset[str]
     num_warps: int
     num_stages: int
+    #: Arguments that are multiples of 16 in every launch, as aligned pointers and strides are; None is every pointer.
+    multiples_of_16: frozenset[str] | None = None
     #: Registers per thread that the assembler may use; None lets it trade them for occupancy, even by spilling.
     max_registers: int | None = None
     #: Registers may spill: head sizes above 128.
@@ -86,7 +86,11 @@ def compile_ahead(configuration: KernelConfiguration, capability: int) -> Compil
 
     names = configuration.kernel.arg_names
     types = dict(configuration.types) | dict.fromkeys(configuration.constants, "constexpr")
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in sorted(configuration.multiples_of_16)}
+    aligned = configuration.multiples_of_16
+    if aligned is None:
+        # torch aligns memory to 16 bytes and more.
+        aligned = frozenset(name for name in names if str(types[name]).startswith("*"))
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in sorted(aligned)}
     source = ASTSource(
         fn=configuration.kernel,
         signature={name: types[name] for name in names},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -15,3 +17,8 @@ def check_head_dim(op: str, head_dim: int) -> None:
     if head_dim not in HEAD_DIMS:
         sizes = ", ".join(map(str, HEAD_DIMS))
         raise NotImplementedError(f"head_dim = {head_dim}: {op} has kernels for {sizes}")
+
+
+def runs_triton(device: torch.device) -> bool:
+    """True on GPUs, and on the CPU when ``TRITON_INTERPRET=1`` asks for Triton's interpreter."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"

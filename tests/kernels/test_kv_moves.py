@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,15 +26,27 @@ def test_store(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [([5], [2]), ([3, 5, 6], [2, 3, 4]), ([1, 0], [0, 1]), ([], [])], ids=str
+    ("source", "target"),
+    [([5], [2]), ([3, 5, 6], [2, 3, 4]), ([1, 0], [0, 1]), ([], []), ([[3, 5], [9, -1]], [[2, 3], [8, -1]])],
+    ids=str,
 )
-def test_commit_reads_all_before_it_writes(source: list[int], target: list[int]) -> None:
+def test_commit_reads_all_before_it_writes(source: list[Any], target: list[Any]) -> None:
     kv = torch.randn(2, 2, 3, 4, 2, 5)
     expected = kv.clone()
     for layer in range(2):
         for side in range(2):
             flat, before = expected[layer, side].view(12, 2, 5), kv[layer, side].view(12, 2, 5).clone()
-            for s, t in zip(source, target, strict=True):
-                flat[t] = before[s]
+            for s, t in zip(_flat(source), _flat(target), strict=True):
+                if s >= 0:
+                    flat[t] = before[s]
     commit_kv(kv, torch.tensor(source, dtype=torch.int64), torch.tensor(target, dtype=torch.int64))
     assert torch.equal(kv, expected)
+
+
+def _flat(numbers: list[Any]) -> list[int]:
+    return [n for row in numbers for n in row] if numbers and isinstance(numbers[0], list) else numbers
+
+
+def test_slots_of_different_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"source_slots \(1,\) and target_slots \(2,\)"):
+        commit_kv(torch.zeros(1, 2, 1, 4, 1, 2), torch.tensor([1]), torch.tensor([0, 1]))

@@ -68,3 +68,27 @@ def test_context_is_stored_as_rows_are(kv_heads: int) -> None:
     for rows in (slice(0, 1), slice(1, 6)):
         layer.store_context(x[rows], cos[rows], sin[rows], batch.slot_mapping[rows], kv[0], kv[1])
     torch.testing.assert_close(kv, expected, atol=1e-12, rtol=0, equal_nan=True)
+
+
+def test_a_model_without_norm_of_q_and_k() -> None:
+    layer = PagedAttention(HIDDEN, HEADS, 2, DIM, 1e-6, TpGroup.single(), has_qk_norm=False).double()
+    weights = {name: tensor for name, tensor in _weights(2).items() if "_norm" not in name}
+    fill(layer.pieces(), weights)
+    normed = _layer(2, TpGroup.single())
+    x = torch.randn(3, HIDDEN, dtype=torch.float64)
+    batch = make_batch([[0] * 3], [0], [None])
+    cos, sin = Rotary(RopeConfig(), DIM, CPU).angles(batch.positions, torch.float64)
+    outs, pages = [], []
+    for each in (layer, normed):
+        kv = empty_kv(1, 2, DIM, torch.float64)[0]
+        outs.append(each(x, cos, sin, batch.slot_mapping, batch.attention, kv[0], kv[1]))
+        pages.append(kv)
+    # V knows no norm, and the first row sees itself alone.
+    torch.testing.assert_close(pages[0][1], pages[1][1], equal_nan=True)
+    torch.testing.assert_close(outs[0][0], outs[1][0])
+    stored = pages[0][0].view(-1, 2, DIM)[batch.slot_mapping]
+    torch.testing.assert_close(stored.norm(dim=-1), layer.qkv.key_values(x).view(3, 4, DIM)[:, :2].norm(dim=-1))
+    assert not torch.allclose(stored, pages[1][0].view(-1, 2, DIM)[batch.slot_mapping])
+    context = empty_kv(1, 2, DIM, torch.float64)[0]
+    layer.store_context(x, cos, sin, batch.slot_mapping, context[0], context[1])
+    torch.testing.assert_close(context, pages[0], equal_nan=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from jetflow_kernels.shipped import DTYPES, runs_triton
 from jetflow_kernels.tree_attention.cpu import tree_attention_cpu
 from jetflow_kernels.tree_attention.plan import TreeAttentionPlan
 
@@ -15,8 +14,7 @@ _DEVICES = ("cpu", "cuda")
 
 def _is_for_triton(q: torch.Tensor, k_pages: torch.Tensor) -> bool:
     """fp64, and half queries beside fp32 pages, stay with plain torch, which serves every device."""
-    is_there = q.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return is_there and q.dtype == k_pages.dtype and q.dtype != torch.float64
+    return runs_triton(q.device) and q.dtype == k_pages.dtype and q.dtype in DTYPES
 
 
 def tree_attention(
