@@ -11,30 +11,27 @@ import torch
 from jetflow_cluster.cache.page_pool import PagePool
 from jetflow_cluster.cache.prefix_cache import PrefixCache
 from jetflow_cluster.engine.batch import StepBatch, build_batch, wants_prompt_logprobs
-from jetflow_cluster.engine.choice import TargetChoice
+from jetflow_cluster.engine.device_parts import acceptor_for, tree_builder_for
 from jetflow_cluster.engine.lookup import ContextLookup
-from jetflow_cluster.engine.protocols import Drafter, ScheduledRequest, StepPlan, StepRecord, TreeBuilder, TreeRecord
+from jetflow_cluster.engine.protocols import (
+    Acceptor,
+    Drafter,
+    ScheduledRequest,
+    StepPlan,
+    StepRecord,
+    TreeBuilder,
+    TreeRecord,
+)
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.layers.sampler import token_logprobs
-from jetflow_cluster.tree.accept import AcceptedPath, accept_trees
-from jetflow_cluster.tree.build import CandidateTable, build_trees
+from jetflow_cluster.tree.accept import AcceptedPath
+from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.draft_tree import DraftTree
 from jetflow_cluster.types import EngineStats, FinishReason, RequestDelta
 
 _log = logging.getLogger(__name__)
-
-
-def build_planned_trees(plan: StepPlan, tables: Sequence[CandidateTable | None]) -> list[DraftTree]:
-    """The most probable prefixes under each item's table; a prompt chunk gets a bare root."""
-    return build_trees(
-        tables,
-        [item.request.token_ids[-1] for item in plan.items],
-        max_nodes=[item.max_tree_nodes for item in plan.items],
-        max_depths=[item.max_depth for item in plan.items],
-        verify_budget=plan.tree_budget,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +53,15 @@ class Engine:
         *,
         prefix_cache: PrefixCache | None,
         lookup: ContextLookup | None = None,
-        tree_builder: TreeBuilder = build_planned_trees,
+        tree_builder: TreeBuilder | None = None,
     ):
         self.target = target
         self.drafter = drafter
         self.scheduler = scheduler
         self.prefix_cache = prefix_cache
         self.lookup = lookup
-        self.tree_builder = tree_builder
+        self.tree_builder: TreeBuilder = tree_builder or tree_builder_for(target.device)
+        self.acceptor: Acceptor = acceptor_for(target.device)
         #: Called behind each step, for tracing.
         self.on_step: Callable[[StepRecord], None] | None = None
         #: Told the name of each stage of a step as it begins, for tracing: schedule, draft, build, verify, accept,
@@ -196,8 +194,8 @@ class Engine:
         # A prompt chunk is chosen from at its last row.
         ends = [*batch.logits_starts[1:], len(batch.logits_rows)]
         roots = [batch.logits_starts[i] if plan.items[i].num_rows == 1 else ends[i] - 1 for i in chosen]
-        choice = TargetChoice(items, roots, verified.logits)
-        for i, path in zip(chosen, accept_trees([trees[i] for i in chosen], choice), strict=True):
+        accepted = self.acceptor(items, roots, [trees[i] for i in chosen], verified.logits)
+        for i, path in zip(chosen, accepted, strict=True):
             paths[i] = path
         return paths
 

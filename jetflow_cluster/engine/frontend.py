@@ -15,7 +15,7 @@ from jetflow_cluster.cache.prefix_cache import PageKeys
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.budget import BudgetTable
 from jetflow_cluster.engine.detokenizer import IncrementalDetokenizer
-from jetflow_cluster.engine.engine import Engine, build_planned_trees
+from jetflow_cluster.engine.engine import Engine
 from jetflow_cluster.engine.loading import DrafterFactory, LoadedEngine, load_engine
 from jetflow_cluster.engine.memory_plan import MemoryPlan
 from jetflow_cluster.engine.protocols import TreeBuilder
@@ -56,7 +56,7 @@ class EngineFrontend:
             tp=tp,
             channel=channel,
             drafter_factory=drafter_factory,
-            tree_builder=tree_builder or build_planned_trees,
+            tree_builder=tree_builder,
         )
         self.config = config
         self.engine: Engine = loaded.engine

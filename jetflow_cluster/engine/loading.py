@@ -13,7 +13,7 @@ from jetflow_cluster.cache.page_pool import PagePool
 from jetflow_cluster.cache.prefix_cache import PrefixCache
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.draft_runner import HeadDrafter
-from jetflow_cluster.engine.engine import Engine, build_planned_trees
+from jetflow_cluster.engine.engine import Engine
 from jetflow_cluster.engine.lookup import ContextLookup
 from jetflow_cluster.engine.memory_plan import MemoryPlan
 from jetflow_cluster.engine.planned_memory import plan_draft_worker, plan_memory
@@ -68,7 +68,7 @@ def load_engine(
     channel: LeaderChannel | None = None,
     budget: BudgetPolicy | None = None,
     drafter_factory: DrafterFactory | None = None,
-    tree_builder: TreeBuilder = build_planned_trees,
+    tree_builder: TreeBuilder | None = None,
 ) -> LoadedEngine:
     """Loads target and head and builds the engine.
 

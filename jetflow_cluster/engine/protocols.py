@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from jetflow_cluster.engine.request import Request
+from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.draft_tree import DraftTree
 
@@ -92,6 +93,10 @@ class Drafter(Protocol):
 
 #: Makes one tree per item from the drafter's tables.
 TreeBuilder = Callable[[StepPlan, Sequence["CandidateTable | None"]], list[DraftTree]]
+
+
+#: Accepted paths of the items that choose a token, from their root's row in the logits, their trees and the logits.
+Acceptor = Callable[[Sequence[ScheduledRequest], Sequence[int], Sequence[DraftTree], torch.Tensor], list[AcceptedPath]]
 
 
 class BudgetPolicy(Protocol):
