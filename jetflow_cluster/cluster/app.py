@@ -6,7 +6,9 @@ import asyncio
 import gc
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
+from jetflow_cluster.cluster.autoscaling import LoadPolicy, Targets
 from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.directory import REPORT_S, Directory, Members
 from jetflow_cluster.cluster.observability import observe_process
@@ -23,9 +26,12 @@ from jetflow_cluster.cluster.replica_actors import ReplicaActors
 from jetflow_cluster.cluster.shard import die
 from jetflow_cluster.engine.resolve import checkpoints
 from jetflow_cluster.router.config import RouterConfig
+from jetflow_cluster.router.ports import is_free
 from jetflow_cluster.router.server import RouterServer
 
 _log = logging.getLogger(__name__)
+#: Seconds for a port to become free, or to be known as another router's of this cluster.
+_PORT_TIMEOUT_S = 10.0
 
 
 class EngineReplica:
@@ -87,19 +93,29 @@ class Router:
             router_id=self._id,
             port=config.grpc_port,
             http_port=config.http_port,
+            share_ports=True,
             tokenizer=tokenizer,
             drain_timeout_s=config.drain_timeout_s,
         )
         self._server: RouterServer | None = None
+        self._starting = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def check_health(self) -> None:
         """Starts the server at the first call, on Serve's event loop."""
         if self._server is not None:
             return
-        self._server = RouterServer(self._config, metrics=RayMetrics({"router_id": self._id}))
-        port = await self._server.start()
-        address = f"{get_node_ip_address()}:{port}"
+        async with self._starting:
+            if self._server is None:
+                await self._start()
+
+    async def _start(self) -> None:
+        for name, port in (("grpc_port", self._config.port), ("http_port", self._config.http_port)):
+            if port:
+                await self._wait_for_port(name, port)
+        server = RouterServer(self._config, metrics=RayMetrics({"router_id": self._id}))
+        address = f"{get_node_ip_address()}:{await server.start()}"
+        self._server = server
         # What is there now stays: the collector need not look at it again and hold streams up.
         gc.collect()
         gc.freeze()
@@ -123,6 +139,25 @@ class Router:
     def _about() -> dict[str, Any]:
         return {"pids": {"router": os.getpid()}}
 
+    async def _wait_for_port(self, name: str, port: int) -> None:
+        """Returns when the port is free, or a router of this cluster has it, whose place this one takes.
+
+        Raises:
+            RuntimeError: another program has it.
+        """
+        deadline = time.monotonic() + _PORT_TIMEOUT_S
+        ours = f"{get_node_ip_address()}:"
+        while not is_free(self._config.host, port):
+            try:
+                members: Members = await self._directory.members.remote()
+                if any(address.startswith(ours) for address in members.routers.values()):
+                    return
+            except Exception as error:
+                _log.warning("the directory does not answer: %s", type(error).__name__)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name} = {port}: another program of this node has it")
+            await asyncio.sleep(REPORT_S)
+
     async def _follow(self) -> None:
         known = 0
         while True:
@@ -143,7 +178,7 @@ class Router:
         for task in self._tasks:
             task.cancel()
         if self._server is not None:
-            await self._server.drain()
+            await self._server.hand_over()
             await self._server.stop()
 
 
@@ -166,9 +201,11 @@ def build_app(args: Mapping[str, Any] | ClusterConfig | None = None) -> Applicat
     }
     directory = serve.deployment(name="Directory", num_replicas=1, health_check_timeout_s=10.0, **common)(Directory)
     directory_app = directory.bind()
+    scaling = autoscaling_config(config)
     engine = serve.deployment(
         name="EngineReplica",
-        num_replicas=config.num_replicas,
+        **({"num_replicas": config.num_replicas} if scaling is None else {"autoscaling_config": scaling}),
+        max_surge_percent=config.max_surge_percent,
         health_check_timeout_s=config.health_timeout_s,
         graceful_shutdown_timeout_s=config.drain_timeout_s + 5.0,
         **common,
@@ -177,11 +214,31 @@ def build_app(args: Mapping[str, Any] | ClusterConfig | None = None) -> Applicat
         name="Router",
         num_replicas=config.num_routers,
         health_check_timeout_s=config.health_timeout_s,
-        max_replicas_per_node=1,
+        # A second one only while the first is replaced; Serve spreads those that are there.
+        max_replicas_per_node=2,
+        max_surge_percent=config.max_surge_percent,
         graceful_shutdown_timeout_s=config.drain_timeout_s + 5.0,
         **common,
     )(Router)
     return router.bind(config, directory_app, engine)
+
+
+def autoscaling_config(config: ClusterConfig) -> dict[str, Any] | None:
+    """Serve's configuration of a number of replicas that follows the load; None for one that stays."""
+    if config.max_replicas is None or config.max_replicas == config.num_replicas:
+        return None
+    targets = {field.name: getattr(config, f"target_{field.name}") for field in fields(Targets)}
+    policy = {"policy_function": f"{LoadPolicy.__module__}:{LoadPolicy.__name__}", "policy_kwargs": targets}
+    return {
+        "min_replicas": config.num_replicas,
+        "initial_replicas": config.num_replicas,
+        "max_replicas": config.max_replicas,
+        "look_back_period_s": config.load_look_back_s,
+        "metrics_interval_s": config.load_look_back_s / 5,
+        "upscale_delay_s": config.upscale_delay_s,
+        "downscale_delay_s": config.downscale_delay_s,
+        "policy": policy,
+    }
 
 
 def _own_id() -> str:

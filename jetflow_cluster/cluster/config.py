@@ -32,8 +32,22 @@ class ClusterConfig:
     draft_placement: str = "colocated"
     #: Dedicated draft workers of each replica.
     num_draft_workers: int = 0
-    #: Complete engines.
+    #: Complete engines; where their number follows the load, the fewest.
     num_replicas: int = 1
+    #: Most complete engines; above `num_replicas`, their number follows the load. None keeps it.
+    max_replicas: int | None = None
+    #: What one replica should bear: prompt and output tokens still to be computed, the share of its pages that requests
+    #: use, and seconds to a first token. More replicas are started where it is more.
+    target_outstanding_tokens: float = 65_536.0
+    target_kv_cache_usage: float = 0.7
+    target_time_to_first_token_s: float = 2.0
+    #: Seconds over which load is averaged, and for which it must ask for more or fewer replicas.
+    load_look_back_s: float = 10.0
+    upscale_delay_s: float = 5.0
+    downscale_delay_s: float = 300.0
+    #: Replicas and routers that a new deployment may start before old ones leave, in per cent of their number. Without
+    #: room for them in the cluster, 0: then one after the other is replaced, and a single one leaves a gap.
+    max_surge_percent: int = 100
     #: Routers; at most one runs on a node.
     num_routers: int = 1
     #: How Ray lays a replica's shards and workers out over nodes.
@@ -92,6 +106,7 @@ class ClusterConfig:
         for name in ("num_replicas", "num_routers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        self._check_scaling()
         if not 0 <= self.grpc_port < 65536:
             raise ValueError(f"grpc_port = {self.grpc_port}: must be in [0, 65535]; 0 takes a free one")
         if self.http_port is not None and not 0 <= self.http_port < 65536:
@@ -105,6 +120,10 @@ class ClusterConfig:
             "draft_timeout_s",
             "drain_timeout_s",
             "num_cpus_per_actor",
+            "target_outstanding_tokens",
+            "target_kv_cache_usage",
+            "target_time_to_first_token_s",
+            "load_look_back_s",
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be above 0")
@@ -116,6 +135,16 @@ class ClusterConfig:
                 "dedicated placement needs at least 1, colocated has none"
             )
         self.engine_config()
+
+    def _check_scaling(self) -> None:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            limit = f"must be at least num_replicas = {self.num_replicas}, or None"
+            raise ValueError(f"max_replicas = {self.max_replicas}: {limit}")
+        if not 0 <= self.max_surge_percent <= 100:
+            raise ValueError(f"max_surge_percent = {self.max_surge_percent}: must be in [0, 100]")
+        for name in ("upscale_delay_s", "downscale_delay_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> ClusterConfig:

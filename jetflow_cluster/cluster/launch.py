@@ -28,6 +28,8 @@ RAY_ENVIRONMENT = {
     # Serve's controller looks at everything this often; its own choice of 0.1 takes 3 % of a core.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
     **GRPC_ENVIRONMENT,
+    # Load is told to the autoscaling policy this often, in seconds.
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
 }
 _READY_TIMEOUT_S = 1800.0
 _LOOK_S = 0.1

@@ -33,6 +33,8 @@ class RouterConfig:
     max_http_connections: int = 2_048
     #: Seconds that a client may take nothing of what is written for it; then its request ends.
     client_stall_s: float = 30.0
+    #: Let another router of this node listen on the same ports, so that it can take them over without a gap.
+    share_ports: bool = False
     #: The model's ``tokenizer.json``, or the directory that has it; None leaves the encoding of text to replicas.
     tokenizer: str | None = None
 

@@ -120,6 +120,28 @@ class RouterServer:
             return False
         return True
 
+    async def hand_over(self, timeout_s: float | None = None) -> bool:
+        """Closes the ports, has clients connect anew, and waits for what runs; True when nothing is left.
+
+        A call that a client had sent before it heard of it is served. Where another router listens on the port, no
+        call is refused.
+
+        Args:
+            timeout_s: seconds to wait; None is `config.drain_timeout_s`.
+        """
+        limit_s = self.config.drain_timeout_s if timeout_s is None else timeout_s
+        self._health.close()
+        stops = [self._server.stop(limit_s)] if self._server is not None else []
+        stops += [self._http.stop(limit_s)] if self._http is not None else []
+        closing = asyncio.gather(*stops)
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._servicer.wait_idle()
+                await asyncio.shield(closing)
+        except TimeoutError:
+            return False
+        return True
+
     async def stop(self) -> None:
         """Ends what still runs, on the replicas too, and closes all connections. Safe to call twice.
 
@@ -159,6 +181,7 @@ class RouterServer:
             port,
             stall_s=config.client_stall_s,
             max_connections=config.max_http_connections,
+            share_port=config.share_ports,
         )
         return await self._http.start()
 
@@ -167,7 +190,7 @@ class RouterServer:
 
 
 def _options(config: RouterConfig) -> list[tuple[str, int]]:
-    options = dict(SERVER_OPTIONS)
+    options = dict(SERVER_OPTIONS) | {"grpc.so_reuseport": int(config.share_ports)}
     ages = {
         "grpc.max_connection_age_ms": config.max_connection_age_s,
         "grpc.max_connection_age_grace_ms": config.max_connection_age_grace_s,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import grpc
 import pytest
 
+from jetflow_cluster.router.ports import is_free
+from jetflow_cluster.router.server import RouterServer
+from jetflow_cluster.rpc.options import CHANNEL_OPTIONS
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
+from jetflow_cluster.rpc.v1 import inference_pb2_grpc
 from support.toy_cluster import PROMPT, Cluster, Seen, cluster, failure, request, run, stream, until
 from support.toy_replica import Fault, toy_tokens
 
@@ -217,5 +222,31 @@ def test_the_queue_is_bounded_and_serves_in_order() -> None:
             assert order == [0, 1, 2, 3]
             assert [submit.sampling.seed for submit in made.replicas[0].submits] == order
             await made.is_clean()
+
+    run(test)
+
+
+def test_a_port_goes_from_router_to_router_without_a_gap() -> None:
+    async def test() -> None:
+        async with cluster(1, replica={"step_s": 0.005}, share_ports=True) as made:
+            first = made.routers[0]
+            second = RouterServer(
+                dataclasses.replace(first.server.config, router_id="router-1", port=first.server.port)
+            )
+            async with grpc.aio.insecure_channel(first.address, options=CHANNEL_OPTIONS) as channel:
+                stub = inference_pb2_grpc.JetFlowInferenceStub(channel)
+                running = [asyncio.create_task(stream(stub, request(600, seed=i))) for i in range(4)]
+                await until(lambda: len(made.running) == 4)
+                assert not is_free("127.0.0.1", first.server.port)
+                await second.start()
+                second.set_replicas({made.replicas[0].replica_id: made.replicas[0].address})
+                await until(lambda: second.is_serving)
+                leaving = asyncio.create_task(first.server.hand_over(60))
+                for seed in range(20):
+                    (await stream(stub, request(6, seed=seed))).check(request(6, seed=seed))
+                for seed, task in enumerate(running):
+                    (await task).check(request(600, seed=seed))
+                assert await leaving
+                await second.stop()
 
     run(test)

@@ -35,10 +35,20 @@ class HttpServer:
         port: 0 takes a free one.
         stall_s: seconds that written bytes may wait for the client to take them; then its connection is ended.
         max_connections: open at once; further ones are answered with 503.
+        share_port: let another server of this node listen there too.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int, *, stall_s: float, max_connections: int):
-        self._address, self._stall_s = (host, port), stall_s
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        *,
+        stall_s: float,
+        max_connections: int,
+        share_port: bool = False,
+    ):
+        self._address, self._stall_s, self._share_port = (host, port), stall_s, share_port
         config = uvicorn.Config(
             app,
             lifespan="off",
@@ -63,6 +73,8 @@ class HttpServer:
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if self._share_port:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             # Taken over by every connection: the kernel ends one whose other side takes nothing.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self._stall_s * 1e3))
             listener.bind(self._address)
@@ -78,9 +90,10 @@ class HttpServer:
             self._task.result()
         return int(listener.getsockname()[1])
 
-    async def stop(self) -> None:
-        """Ends what runs and closes all connections. Safe to call twice."""
+    async def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
+        """Closes the port, gives calls so long to end, and closes all connections. Safe to call twice."""
         task, self._task = self._task, None
         if task is not None:
+            self._server.config.timeout_graceful_shutdown = max(_STOP_GRACE_S, round(grace_s))
             self._server.should_exit = True
             await task
