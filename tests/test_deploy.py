@@ -1,0 +1,122 @@
+"""What ships in deploy/ is valid, and its dashboard and alerts read metrics that the code tells."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from jetflow_cluster.bench.panels import PANELS, grafana, metrics_of
+from jetflow_cluster.cluster.config import ClusterConfig
+from jetflow_cluster.metrics import CATALOGUE, HISTOGRAM
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+CONFIGS = sorted((DEPLOY / "configs").glob("*.yaml"))
+#: Of Qwen3-8B: heads that shards divide, and its longest sequence.
+NUM_KV_HEADS, MAX_LEN = 8, 40_960
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [found for found in yaml.safe_load_all(path.read_text()) if found]
+
+
+def config_of(text: dict[str, Any]) -> ClusterConfig:
+    """Checked by Serve's schema and by ours."""
+    (application,) = ServeDeploySchema.model_validate(text).applications
+    assert application.import_path == "jetflow_cluster.cluster.app:build_app"
+    return ClusterConfig.from_mapping(application.args)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configurations_fit_their_gpus(path: Path) -> None:
+    num_gpus = int(re.findall(r"-(\d)gpu", path.stem)[0])
+    config = config_of(yaml.safe_load(path.read_text()))
+    per_replica = config.tensor_parallel_size + config.num_draft_workers
+    assert (config.max_replicas or config.num_replicas) * per_replica == num_gpus
+    assert NUM_KV_HEADS % config.tensor_parallel_size == 0 and config.max_model_len is not None
+    assert config.max_model_len <= MAX_LEN
+    assert (config.model, config.draft_head) == ("Qwen/Qwen3-8B", "JetSpec/jetspec-qwen3-8b")
+
+
+def test_three_sizes_ship() -> None:
+    assert [path.stem for path in CONFIGS] == ["qwen3-8b-1gpu", "qwen3-8b-2gpu", "qwen3-8b-4gpu"]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_manifests_are_kubernetes(number: int) -> None:
+    document = documents(DEPLOY / "kuberay" / "rayservice.yaml")[number]
+    if document["kind"] != "RayService":
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+        return
+    # The operator's own schema ships with no library; the pods in it are Kubernetes' own.
+    cluster = document["spec"]["rayClusterConfig"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": group["template"]["spec"]}
+        kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_the_service_drains_before_its_pods_end() -> None:
+    *_, service = documents(DEPLOY / "kuberay" / "rayservice.yaml")
+    config = config_of(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        spec = group["template"]["spec"]
+        # Serve waits 2 s, then for the drain and 5 s more.
+        assert spec["terminationGracePeriodSeconds"] > config.drain_timeout_s + 10
+        ports = {port["name"]: port["containerPort"] for port in spec["containers"][0]["ports"]}
+        assert ports["serve-grpc"] == config.grpc_port
+        assert {"serve", "metrics"} <= set(ports)
+    worker = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+    assert f"-addr=localhost:{config.grpc_port}" in worker["readinessProbe"]["exec"]["command"]
+    assert worker["resources"]["requests"]["nvidia.com/gpu"] == str(config.tensor_parallel_size)
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert cluster["gcsFaultToleranceOptions"]["redisAddress"] == "jetflow-redis:6379"
+    assert service["spec"]["upgradeStrategy"]["type"] == "NewClusterWithIncrementalUpgrade"
+
+
+def test_grpc_is_spoken_in_clear_http2() -> None:
+    services = [d for d in documents(DEPLOY / "kuberay" / "rayservice.yaml") if d["kind"] == "Service"]
+    ports = {port["name"]: port for service in services for port in service["spec"]["ports"]}
+    assert ports["serve-grpc"]["appProtocol"] == "kubernetes.io/h2c"
+    assert ports["serve-grpc"]["port"] == 9000
+
+
+def test_the_image_sets_what_nodes_need() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    for name in ("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS=1", "RAY_kill_worker_timeout_milliseconds=500"):
+        assert name in text
+    copied = re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE)
+    assert all((ROOT / name).exists() for line in copied for name in line.split())
+
+
+def test_the_dashboard_is_what_the_code_says() -> None:
+    shipped = json.loads((DEPLOY / "grafana" / "jetflow.json").read_text())
+    assert shipped == grafana(), "python -m jetflow_cluster.bench.panels writes it anew"
+    assert all(panel["targets"] for panel in shipped["panels"])
+    assert len({panel.title for panel in PANELS}) == len(PANELS) >= 12
+
+
+def test_dashboard_and_alerts_read_metrics_that_are_told() -> None:
+    exported = {metric.exported for metric in CATALOGUE}
+    exported |= {f"{metric.exported}_bucket" for metric in CATALOGUE if metric.kind == HISTOGRAM}
+    texts = [series["expr"] for panel in grafana()["panels"] for series in panel["targets"]]
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text())
+    texts += [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    read = {name for text in texts for name in re.findall(r"ray_\w+", text)}
+    # `tests/router/test_telling.py` shows that each of the catalogue is really told.
+    assert read and read <= exported
+    assert metrics_of() <= set(CATALOGUE)
+
+
+def test_prometheus_files_fit_together() -> None:
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    assert all((DEPLOY / "prometheus" / name).exists() for name in config["rule_files"])
+    assert config["scrape_configs"][0]["file_sd_configs"][0]["files"][0].startswith("/tmp/ray/")
