@@ -13,7 +13,7 @@ from jetflow_cluster.engine.device_acceptance import accept_on_device
 from jetflow_cluster.engine.device_builder import build_trees_on_device
 from jetflow_cluster.engine.trees import build_planned_trees
 
-PROMPTS = ["def add(a, b):\n    return a", "for i in range(", "class Stack:\n    def __init__(self", "import os\nimport "]
+PROMPTS = ["def add(a, b):\n    return a", "for i in range(", "class Stack:\n    def push(", "import os\nimport "]
 OPTIONS = [
     {"temperature": 0.0},
     {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "presence_penalty": 0.2},
@@ -48,5 +48,6 @@ def test_tokens_are_those_of_the_host(llm: LLM) -> None:
 
 
 def test_what_has_no_room_is_built_on_the_host(device: str) -> None:
-    trees = build_trees_on_device([None, None], [3, 4], max_nodes=[5, 1], max_depths=[2, 0], device=torch.device(device))
+    limits = {"max_nodes": [5, 1], "max_depths": [2, 0]}
+    trees = build_trees_on_device([None, None], [3, 4], **limits, device=torch.device(device))
     assert [tree.token_ids for tree in trees] == [[3], [4]]
