@@ -50,11 +50,13 @@ serve: $(STAMP) ## Serve the embedded model over gRPC on port 9000 until Ctrl-C
 test: lint ## Lint, then the tests, with a part of the lossless proof
 	$(RUN)/python -m pytest -q
 
-lint: $(STAMP) ## ruff, import contracts, mypy
+lint: $(STAMP) ## ruff, import contracts, mypy, dependencies
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/lint-imports
 	$(RUN)/mypy
+	$(RUN)/python -m pip check
+	$(RUN)/python -m jetflow_cluster.bench.audit
 
 format: $(STAMP) ## Rewrite the sources as `make lint` wants them
 	$(RUN)/ruff check --fix .
