@@ -25,8 +25,8 @@ _log = logging.getLogger(__name__)
 
 #: Seconds for a placement group that fits the cluster to become free.
 _PLACEMENT_TIMEOUT_S = 300.0
-#: Seconds between looks at the actors, and between signs of life that are asked of each.
-_LOOK_S, _PULSE_S = 0.1, 0.5
+#: Seconds between looks at the actors where none of them ends, and between signs of life that are asked of each.
+_LOOK_S, _PULSE_S = 0.5, 0.5
 #: Seconds for an actor that has just started to answer.
 _JOIN_TIMEOUT_S = 5.0
 #: Seconds for rank 0 to tell its load.
@@ -182,7 +182,13 @@ class ReplicaActors:
 
     def _watch(self) -> None:
         """A lost shard is the replica's end; a lost draft worker is made anew."""
-        while not self._closed.wait(_LOOK_S):
+        while not self._closed.is_set():
+            members = [*self._shards, *self._workers.values()]
+            ends = [member.life for member in members] + [begun for _, begun in self._loading.values()]
+            # Returns at once when one of them is gone, or has loaded.
+            ray.wait(ends, timeout=_LOOK_S)
+            if self._closed.is_set():
+                return
             for member in self._shards:
                 if (reason := self._why_lost(member)) is not None:
                     self._on_lost(f"{member.name} {reason}")
