@@ -256,3 +256,5 @@ class EngineStats:
     num_preemptions: int
     num_finished: int
     num_generated_tokens: int
+    #: Kernels compiled since the engine was ready; each one delayed a step.
+    num_late_compilations: int = 0

@@ -19,6 +19,7 @@ from jetflow_cluster.models.target_ends import TargetEnds
 from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.coupled import DraftSampling, candidate_tables
 from jetflow_kernels.tree_attention import plan_tree_attention
+from jetflow_kernels.warmup import launch_every_kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class HeadDrafter:
             dtype=kv_dtype(head.dtype, target.device),
             device=target.device,
         )
+        launch_every_kernel(self.kv, num_heads=head.num_local_heads, dtype=head.dtype)
 
     def fuse(self, taps: torch.Tensor) -> torch.Tensor:
         """Fused hidden vectors ``[n, hidden_size]`` of taps ``[n, num_taps * hidden_size]``."""

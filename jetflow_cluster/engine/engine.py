@@ -30,6 +30,7 @@ from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.draft_tree import DraftTree
 from jetflow_cluster.types import EngineStats, FinishReason, RequestDelta
+from jetflow_kernels import compilations
 
 _log = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ class Engine:
             num_preemptions=self.scheduler.num_preemptions,
             num_finished=self.num_finished,
             num_generated_tokens=self.num_generated_tokens,
+            num_late_compilations=compilations.since_readiness(),
         )
 
     def _draft(self, plan: StepPlan) -> Sequence[CandidateTable | None]:

@@ -25,6 +25,7 @@ from jetflow_cluster.layers.compute_threads import release_compute_threads
 from jetflow_cluster.parallel.channel import LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
 from jetflow_cluster.types import InvalidRequestError, SamplingParams, SpeculationMode
+from jetflow_kernels import compilations
 
 #: Text, or token ids.
 Prompt = str | Sequence[int]
@@ -51,6 +52,8 @@ class EngineFrontend:
         channel: LeaderChannel | None = None,
         is_drafter_ready: bool = True,
     ):
+        compilations.watch()
+        compilations.mark_loading()
         loaded = load_engine(
             config,
             tp=tp,
@@ -72,6 +75,7 @@ class EngineFrontend:
             self.engine.scheduler.budget = BudgetTable(tree_nodes)
         elif self.engine.drafter is not None and is_drafter_ready:
             self.warm_up()
+        compilations.mark_ready()
         # Often another thread steps the engine.
         release_compute_threads()
 

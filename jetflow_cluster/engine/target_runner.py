@@ -9,6 +9,7 @@ from jetflow_cluster.engine.batch import StepBatch
 from jetflow_cluster.models.batch import ForwardBatch
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_kernels.commit_kv import commit_kv
+from jetflow_kernels.warmup import launch_every_kernel
 
 
 class TargetRunner:
@@ -28,6 +29,7 @@ class TargetRunner:
             dtype=kv_dtype(model.dtype, model.device),
             device=model.device,
         )
+        launch_every_kernel(self.kv, num_heads=model.num_local_heads, dtype=model.dtype)
 
     def verify(
         self, batch: StepBatch, tap_layer_ids: tuple[int, ...]

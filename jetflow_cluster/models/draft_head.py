@@ -165,6 +165,11 @@ class DraftHead(DraftFuser):
         self._rotary = Rotary(config.rope, config.head_dim, device)
 
     @property
+    def num_local_heads(self) -> int:
+        """Query heads of this rank."""
+        return self._stack[0].attention.num_heads
+
+    @property
     def num_local_kv_heads(self) -> int:
         """KV heads of this rank."""
         return self._stack[0].attention.num_kv_heads
