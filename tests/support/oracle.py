@@ -53,6 +53,15 @@ class Oracle:
 
     def choose(self, prompt: list[int], output: list[int], params: SamplingParams) -> int:
         """The token behind ``prompt + output``."""
+        return int(self.scores(prompt, output, params).argmax())
+
+    def gap(self, prompt: list[int], output: list[int], params: SamplingParams) -> float:
+        """By how much the token behind ``prompt + output`` leads; infinite where it is the only one."""
+        second, best = np.sort(self.scores(prompt, output, params))[-2:]
+        return float(best - second)
+
+    def scores(self, prompt: list[int], output: list[int], params: SamplingParams) -> np.ndarray:
+        """What the token behind ``prompt + output`` is the largest of; noise included, fp64 ``[vocab_size]``."""
         scores = self.logits(prompt + output).copy()
         for token in set(prompt) | set(output):
             penalty = params.repetition_penalty
@@ -65,12 +74,12 @@ class Oracle:
             suppressed = set(params.stop_token_ids) | (set() if params.ignore_eos else self._eos_ids)
             scores[sorted(suppressed)] = -math.inf
         if params.temperature == 0.0:
-            return int(scores.argmax())
+            return scores
         scores = _filtered(scores / params.temperature, params)
         position = torch.tensor(len(prompt) + len(output))
         assert params.seed is not None
         noise = gumbel_noise(params.seed, position, torch.arange(len(scores))).numpy()
-        return int((scores + noise).argmax())
+        return scores + noise
 
 
 def _filtered(scores: np.ndarray, params: SamplingParams) -> np.ndarray:

@@ -29,7 +29,13 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def write_target(
-    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float64, num_layers: int = 2, max_len: int = 1024
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    num_layers: int = 2,
+    max_len: int = 1024,
+    head_dim: int = 16,
 ) -> Path:
     """A random Qwen3 target with GQA and a tokenizer; sharp enough that its tokens are not all alike."""
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
@@ -42,7 +48,7 @@ def write_target(
         intermediate_size=48,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         tie_word_embeddings=False,
         max_position_embeddings=max_len,
         eos_token_id=EOS_ID,
@@ -78,7 +84,7 @@ def write_head(
         "intermediate_size": 48,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": raw["head_dim"],
         "rms_norm_eps": raw["rms_norm_eps"],
         "vocab_size": raw["vocab_size"],
         "max_position_embeddings": raw["max_position_embeddings"],
@@ -89,7 +95,7 @@ def write_head(
         "dflash_config": {"causal_head": causal, "mask_token_id": MASK_ID, "target_layer_ids": taps},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    state = _head_state(len(taps), seed)
+    state = _head_state(len(taps), seed, raw["head_dim"])
     save_file(state, folder / "model.safetensors")
     if sidecar:
         # The loader compares in the dtype of the checkpoint, so the fingerprint is that of the stored embedding.
@@ -109,9 +115,9 @@ def write_head(
     return folder
 
 
-def _head_state(num_taps: int, seed: int) -> dict[str, torch.Tensor]:
+def _head_state(num_taps: int, seed: int, dim: int) -> dict[str, torch.Tensor]:
     """Random tensors under the published names."""
-    hidden, heads, kv_heads, dim = 32, 4, 2, 16
+    hidden, heads, kv_heads = 32, 4, 2
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(*shape: int) -> torch.Tensor:
