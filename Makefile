@@ -9,6 +9,8 @@ TORCH  ?= $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",$$/\1/p' pyproject.toml)
 ALLOW_CUDA ?=
 EXTRAS ?= test
 OUT    ?= out
+# What the GPU targets run with: any interpreter with torch, triton, transformers and pytest. Nothing is installed.
+GPU_PYTHON ?= $(firstword $(wildcard $(VENV)/bin/python) $(shell command -v python || command -v python3))
 
 RUN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -17,7 +19,7 @@ GPU   := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve test lint format protos lossless cluster bench train clean
+.PHONY: gpu help install demo serve test lint format protos lossless cluster bench test-gpu bench-gpu train clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +76,16 @@ cluster: $(STAMP) ## The slow tests: served shapes, lost processes, cancels, fuz
 
 bench: $(STAMP) ## Measure against transformers on this machine; figures in out/bench
 	$(RUN)/jetflow bench offline --output $(OUT)/bench
+
+gpu:
+	@$(GPU_PYTHON) -c 'import torch, triton, transformers, pytest; print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)' \
+	  || { echo "GPU_PYTHON=$(GPU_PYTHON): a CUDA device, torch, triton, transformers and pytest are needed"; exit 1; }
+
+test-gpu: gpu ## On a CUDA device, from a checkout without installation: kernels, lossless, ranks
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest -q -rsP tests/kernels/interpreted/*_cases.py tests/kernels/test_compilations.py tests/gpu
+
+bench-gpu: gpu ## On a CUDA device: the kernels beside scaled_dot_product_attention and FlexAttention; figures in out/kernels
+	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/benchmarks/tree_attention.py --output $(OUT)/kernels
 
 train: $(STAMP) ## Rebuild the embedded model from nothing; resumes where it stopped
 	$(RUN)/python -m jetflow_cluster.training.recipe

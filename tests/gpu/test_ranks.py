@@ -1,0 +1,59 @@
+"""Tensor parallelism on one GPU: two processes joined by Gloo, and NCCL with a group of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from jetflow_cluster.config import EngineConfig
+from jetflow_cluster.engine.frontend import EngineFrontend
+from jetflow_cluster.parallel.tp_group import TpGroup
+from support.mixed_batches import make_requests, run_mixed
+from support.near_ties import assert_same_tokens
+from support.oracle import Oracle
+from support.rank_engines import run_on_ranks
+
+
+def _config(folders: tuple[Path, Path], dtype: str) -> EngineConfig:
+    return EngineConfig(
+        model=str(folders[0]), draft_head=str(folders[1]), dtype=dtype, draft_dtype=dtype, device="cuda", num_pages=128
+    )
+
+
+def test_two_ranks_in_fp32(folders: tuple[Path, Path], oracle: Oracle, tmp_path: Path) -> None:
+    prompts, params = make_requests(9, max_tokens=20)
+    found = run_on_ranks(_config(folders, "float32"), 2, prompts, params, tmp_path)
+    expected = [oracle.complete(p, s)[0] for p, s in zip(prompts, params, strict=True)]
+    print("near-ties:", assert_same_tokens(found, expected, prompts, params, oracle) or "none")
+
+
+def test_two_ranks_in_fp64_without_exception(folders: tuple[Path, Path], oracle: Oracle, tmp_path: Path) -> None:
+    prompts, params = make_requests(5, max_tokens=16)
+    found = run_on_ranks(_config(folders, "float64"), 2, prompts, params, tmp_path)
+    assert found == [oracle.complete(p, s)[0] for p, s in zip(prompts, params, strict=True)]
+
+
+def test_nccl_with_one_rank(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    prompts, params = make_requests(6, max_tokens=12)
+    expected = run_mixed(*folders, prompts, params, dtype="float32", draft_dtype="float32", device="cuda")
+    dist.init_process_group("nccl", rank=0, world_size=1, init_method=f"file://{tmp_path / 'store'}")
+    try:
+        numbers = torch.arange(4.0, device="cuda")
+        dist.all_reduce(numbers)
+        gathered = [torch.empty_like(numbers)]
+        dist.all_gather(gathered, numbers)
+        dist.broadcast(numbers, 0)
+        assert numbers.tolist() == gathered[0].tolist() == [0.0, 1.0, 2.0, 3.0]
+        tp = TpGroup.from_process_group()
+        assert tp.smallest(7) == 7
+        frontend = EngineFrontend(_config(folders, "float32"), tree_nodes={8: 12}, tp=tp)
+        requests = [frontend.make_request(str(i), p, s) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
+        for request in requests:
+            frontend.engine.add(request)
+        while frontend.engine.has_work:
+            frontend.engine.step()
+        assert [r.output().token_ids for r in requests] == [output.token_ids for output in expected]
+    finally:
+        dist.destroy_process_group()
