@@ -84,3 +84,15 @@ def test_torch_range_of_the_makefile_is_that_of_the_package() -> None:
     ]
     shown = subprocess.run(["make", "-pn", "help"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     assert f'TORCH_ARGS := "{wanted}"' in shown
+
+
+def test_engine_kernels_and_their_tests_need_no_ray_and_no_grpc() -> None:
+    # What a machine with a GPU need not have, where the tests of `make test-gpu` run from a checkout.
+    absent = ("ray", "grpc", "google", "typer", "rich", "matplotlib", "hypothesis", "allpairspy", "scipy", "datasketch")
+    run_python(
+        f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\nsys.path.insert(0, 'tests')\n"
+        "import jetflow_kernels.aot, jetflow_kernels.warmup\n"
+        "import gpu.conftest, gpu.test_lossless, gpu.test_ranks, support.attention_batches, support.rope_rows\n"
+        "from jetflow_cluster import LLM, SamplingParams\n"
+        "assert LLM(dtype='float32', num_pages=64, tree_nodes={1: 4}).generate([[1]], SamplingParams(max_tokens=2))"
+    )

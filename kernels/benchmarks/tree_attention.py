@@ -1,82 +1,201 @@
-"""Times `tree_attention` beside `scaled_dot_product_attention` with a dense mask over contiguous K and V.
+"""Times `tree_attention` beside `scaled_dot_product_attention` with a dense mask and, on a GPU, beside FlexAttention.
 
-Run as ``PYTHONPATH=kernels python kernels/benchmarks/tree_attention.py --output DIR``. The op's test is run first.
+Both baselines have their K and V contiguous already, which the op does not ask for. Run as
+``PYTHONPATH=.:kernels python kernels/benchmarks/tree_attention.py --output DIR``. The op's test is run first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
-from jetflow_kernels.tree_attention import plan_tree_attention, tree_attention
+from jetflow_kernels.tree_attention import TreeAttentionPlan, plan_tree_attention, tree_attention
 
 ROOT = Path(__file__).parent.parent.parent
-HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 4, 64, 16
-CASES = [(batch, rows, context) for batch in (1, 8, 32) for rows in (1, 16, 64) for context in (200, 1000)]
+PAGE_SIZE = 16
+#: Query heads, KV heads and head size: the embedded model's on a CPU, those of Qwen3-8B on a GPU.
+SHAPES = {"cpu": (8, 4, 64), "cuda": (32, 8, 128)}
+CASES = {
+    "cpu": [(batch, rows, context) for batch in (1, 8, 32) for rows in (1, 16, 64) for context in (200, 1000)],
+    "cuda": [
+        (batch, rows, context)
+        for batch in (1, 8, 32)
+        for rows in (1, 16, 64, 128, 256)
+        for context in (128, 1024, 8192, 32768)
+        if batch * context <= 300_000
+    ],
+}
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+Row = dict[str, float | int | str | None]
 
 
-def median_us(call: Callable[[], object], repeats: int = 30) -> float:
-    """Median microseconds of a call, behind a few that do not count."""
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A batch of equal trees over scattered pages, and the same K and V contiguous."""
+
+    plan: TreeAttentionPlan
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dense_q: torch.Tensor
+    dense_k: torch.Tensor
+    dense_v: torch.Tensor
+    #: bool ``[rows, rows]``: a tree's ancestors.
+    ancestors: torch.Tensor
+    context: int
+
+    @property
+    def scale(self) -> float:
+        """Factor of the scores."""
+        return float(self.q.shape[2] ** -0.5)
+
+    def paged(self) -> torch.Tensor:
+        """The op, as every layer behind the first calls it."""
+        return tree_attention(self.plan, self.q, self.k, self.v, scale=self.scale)
+
+    def num_bytes(self) -> int:
+        """What must move: the K and V of all keys, q, and the output."""
+        return self.dense_k.nbytes + self.dense_v.nbytes + 2 * self.q.nbytes
+
+
+def make_inputs(batch: int, rows: int, context: int, dtype: torch.dtype, device: str) -> Inputs:
+    """Random values; both layouts hold the same ones, so that results can be compared."""
+    heads, kv_heads, head_dim = SHAPES[device]
+    keys = rows + context
+    pages = -(-keys // PAGE_SIZE)
+    table = torch.randperm(batch * pages, dtype=torch.int32).view(batch, pages).to(device)
+    dense_k, dense_v = (torch.randn(batch, keys, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2))
+    slots = (table.long()[:, :, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=device)).view(batch, -1)[:, :keys]
+    paged = []
+    for dense in (dense_k, dense_v):
+        pool = torch.zeros(batch * pages, PAGE_SIZE, kv_heads, head_dim, dtype=dtype, device=device)
+        pool.view(-1, kv_heads, head_dim)[slots.flatten()] = dense.flatten(0, 1)
+        paged.append(pool)
+    parents = [-1] + [(i - 1) // 2 for i in range(1, rows)]
+    ancestors = torch.eye(rows, dtype=torch.bool)
+    for i in range(1, rows):
+        ancestors[i] |= ancestors[parents[i]]
+    q = torch.randn(batch * rows, heads, head_dim, dtype=dtype, device=device)
+    plan = plan_tree_attention(
+        query_lens=[rows] * batch,
+        context_lens=[context] * batch,
+        page_table=table,
+        parents=torch.tensor(parents, dtype=torch.int32).repeat(batch).to(device),
+        page_size=PAGE_SIZE,
+        is_chain=[rows == 1] * batch,
+    )
+    return Inputs(
+        plan=plan,
+        q=q,
+        k=paged[0],
+        v=paged[1],
+        dense_q=q.view(batch, rows, heads, head_dim).transpose(1, 2).contiguous(),
+        dense_k=dense_k.transpose(1, 2).contiguous(),
+        dense_v=dense_v.transpose(1, 2).contiguous(),
+        ancestors=ancestors.to(device),
+        context=context,
+    )
+
+
+def dense_call(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """`scaled_dot_product_attention` under a dense mask."""
+    rows, keys = inputs.ancestors.shape[0], inputs.dense_k.shape[2]
+    mask = torch.ones(rows, keys, dtype=torch.bool, device=inputs.q.device)
+    mask[:, inputs.context :] = inputs.ancestors
+    q, k, v = inputs.dense_q, inputs.dense_k, inputs.dense_v
+    return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def flex_call(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """Compiled FlexAttention, its block mask made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    ancestors, context = inputs.ancestors, inputs.context
+    rows, keys = ancestors.shape[0], inputs.dense_k.shape[2]
+
+    def sees(b: torch.Tensor, h: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        del b, h
+        return (key < context) | ancestors[row, (key - context).clamp(0, rows - 1)]
+
+    block_mask = create_block_mask(sees, None, None, rows, keys, device=str(inputs.q.device))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    q, k, v = inputs.dense_q, inputs.dense_k, inputs.dense_v
+
+    def call() -> torch.Tensor:
+        out: torch.Tensor = compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
+        return out
+
+    return call
+
+
+def median_us(call: Callable[[], object], device: str, repeats: int = 30) -> float:
+    """Median microseconds of a call, behind a few that do not count. On a GPU, of the device's own time; between calls
+    its cache is overwritten, as the other layers do."""
     for _ in range(3):
         call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+    if device == "cpu":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times) * 1e6
+    cache = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start_event, end_event in events:
+        cache.zero_()
+        start_event.record()
         call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e6
+        end_event.record()
+    torch.cuda.synchronize()
+    return statistics.median(start_event.elapsed_time(end_event) for start_event, end_event in events) * 1e3
 
 
-def measure(batch: int, rows: int, context: int, dtype: torch.dtype) -> dict[str, float | int | str]:
-    """One row of the table: per-layer time of both, and the plan's, which is paid once per step."""
-    pages = -(-(rows + context) // PAGE_SIZE)
-    table = torch.randperm(batch * pages, dtype=torch.int32).view(batch, pages)
-    k, v = (torch.randn(batch * pages, PAGE_SIZE, KV_HEADS, HEAD_DIM, dtype=dtype) for _ in range(2))
-    q = torch.randn(batch * rows, HEADS, HEAD_DIM, dtype=dtype)
-    parents = torch.tensor([-1] + [(i - 1) // 2 for i in range(1, rows)]).repeat(batch)
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second that a large copy reads and writes together."""
+    source = torch.empty((2**30 if device == "cuda" else 2**26), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (median_us(lambda: target.copy_(source), device, 10) * 1e-6)
 
-    def plan() -> object:
-        made = plan_tree_attention(
-            query_lens=[rows] * batch,
-            context_lens=[context] * batch,
-            page_table=table,
-            parents=parents,
-            page_size=PAGE_SIZE,
-            is_chain=[rows == 1] * batch,
-        )
-        tree_attention(made, q, k, v, scale=HEAD_DIM**-0.5)
-        return made
 
-    made = plan()
-    keys = rows + context
-    dense_k, dense_v = (torch.randn(batch, HEADS, keys, HEAD_DIM, dtype=dtype) for _ in range(2))
-    dense_q = torch.randn(batch, HEADS, rows, HEAD_DIM, dtype=dtype)
-    mask = torch.zeros(batch, 1, rows, keys, dtype=dtype)
-    ours = median_us(lambda: tree_attention(made, q, k, v, scale=HEAD_DIM**-0.5))  # type: ignore[arg-type]
-    dense = median_us(lambda: F.scaled_dot_product_attention(dense_q, dense_k, dense_v, attn_mask=mask))
-    return {
-        "batch": batch,
-        "rows": rows,
-        "context": context,
-        "dtype": str(dtype).removeprefix("torch."),
+def measure(batch: int, rows: int, context: int, dtype: torch.dtype, device: str, bandwidth: float) -> Row:
+    """One row of the table. Raises AssertionError where the baselines disagree with the op."""
+    inputs = make_inputs(batch, rows, context, dtype, device)
+    calls = {"dense_sdpa": dense_call(inputs)} | ({"flex_attention": flex_call(inputs)} if device == "cuda" else {})
+    expected = inputs.paged().view(batch, rows, *inputs.q.shape[1:]).transpose(1, 2)
+    tolerance = 1e-5 if dtype is torch.float32 else 3e-2
+    ours = median_us(inputs.paged, device)
+    row: Row = {"batch": batch, "rows": rows, "context": context, "dtype": str(dtype).removeprefix("torch.")}
+    row |= {
         "tree_attention_us": ours,
-        "plan_and_first_layer_us": median_us(plan, 10),
-        "dense_sdpa_us": dense,
-        "ratio_to_dense": ours / dense,
+        "share_of_copy_bandwidth": inputs.num_bytes() / (ours * 1e-6) / bandwidth,
     }
+    for name, call in calls.items():
+        torch.testing.assert_close(call(), expected, atol=tolerance, rtol=tolerance)
+        theirs = median_us(call, device)
+        row |= {f"{name}_us": theirs, f"ratio_to_{name}": ours / theirs}
+    return row
+
+
+def print_table(rows: list[Row]) -> None:
+    """Plain columns."""
+    names = list(rows[0])
+    lines = [names, *([f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def main() -> None:
@@ -84,17 +203,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "kernels")
     output: Path = parser.parse_args().output
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/kernels"], cwd=ROOT, check=True)
-    jobs = [(*case, dtype) for dtype in (torch.float32, torch.bfloat16) for case in CASES]
-    rows = [measure(*job) for job in track(jobs, description="tree_attention")]
-    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tests = "tests/kernels/interpreted/tree_attention_cases.py" if device == "cuda" else "tests/kernels"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    subprocess.run([sys.executable, "-m", "pytest", "-q", tests], cwd=ROOT, env=environment, check=True)
+    bandwidth = copy_bandwidth(device)
+    rows = []
+    for dtype in DTYPES[device]:
+        for case in CASES[device]:
+            rows.append(measure(*case, dtype, device, bandwidth))
+            if device == "cuda":
+                # FlexAttention is compiled anew for every shape.
+                torch._dynamo.reset()
+    machine: dict[str, object] = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "copy_bandwidth_gb_per_s": bandwidth / 1e9,
+        "torch": torch.__version__,
+    }
     output.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine | {"torch": torch.__version__}, "rows": rows}
-    (output / "tree_attention.json").write_text(json.dumps(result, indent=1))
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()))
-    Console().print(table)
+    (output / "tree_attention.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    print(machine)
+    print_table(rows)
 
 
 if __name__ == "__main__":

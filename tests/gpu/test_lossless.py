@@ -46,7 +46,8 @@ def test_fp64_without_exception(folders: tuple[Path, Path], oracle: Oracle) -> N
 def _embedded(device: str, dtype: str, mode: str, num_prompts: int) -> list[tuple[list[int], list[int]]]:
     """Prompt and output of the embedded default, greedy."""
     llm = LLM(dtype=dtype, draft_dtype=dtype, device=device, num_pages=1024, tree_nodes={64: 16})
-    prompts = [llm.frontend.encode(prompt.text) for prompt in load_prompts()[:num_prompts]]
+    found = load_prompts(None, llm.tokenizer, max_prompts=num_prompts, max_prompt_tokens=256)
+    prompts = [prompt.token_ids for prompt in found]
     options = SpeculationOptions(mode=mode)
     params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, speculation=options)
     outputs = llm.generate(prompts, params)
