@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,8 +77,15 @@ class MemoryPlan:
         shown = [item for item in (*self.items, *kv) if item.num_bytes]
         return sorted(shown, key=lambda item: -item.num_bytes)
 
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Name, bytes, MiB and detail of all lines, of the sum, and of what there is."""
+        free = f"free on {self.device}, of which {DEVICE_SHARE[self.device.type]:.0%} may be taken"
+        lines = [(item.name, item.num_bytes, item.detail) for item in self.lines()]
+        lines += [("together", self.total_bytes, ""), ("there is", self.available_bytes, free)]
+        return [(name, str(num_bytes), _mib(num_bytes), detail) for name, num_bytes, detail in lines]
+
     def table(self) -> Any:
-        """A `rich.table.Table` of all lines, the sum, and what there is."""
+        """A `rich.table.Table` of `rows`."""
         from rich.table import Table
 
         table = Table(box=None, header_style="bold", pad_edge=False)
@@ -87,21 +93,15 @@ class MemoryPlan:
         table.add_column("bytes", justify="right", no_wrap=True)
         table.add_column("MiB", justify="right", no_wrap=True)
         table.add_column("of which", overflow="fold")
-        for item in self.lines():
-            table.add_row(item.name, str(item.num_bytes), _mib(item.num_bytes), item.detail)
-        table.add_row("together", str(self.total_bytes), _mib(self.total_bytes), style="bold")
-        free = f"free on {self.device}, of which {DEVICE_SHARE[self.device.type]:.0%} may be taken"
-        table.add_row("there is", str(self.available_bytes), _mib(self.available_bytes), free)
+        for row in self.rows():
+            table.add_row(*row, style="bold" if row[0] == "together" else None)
         return table
 
     def text(self) -> str:
         """The table in plain characters."""
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=110, no_color=True)
-        console.print(self.table())
-        assert isinstance(console.file, io.StringIO)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        rows = [("memory", "bytes", "MiB", "of which"), *self.rows()]
+        name, num_bytes, mib = (max(len(row[i]) for row in rows) for i in range(3))
+        return "\n".join(f"{a:{name}}  {b:>{num_bytes}}  {c:>{mib}}  {d}".rstrip() for a, b, c, d in rows)
 
 
 def fit_pages(plan: MemoryPlan, *, num_pages: int | None, pages_per_request: int, max_num_requests: int) -> MemoryPlan:
