@@ -191,8 +191,17 @@ def demo(
     served: Annotated[
         bool, typer.Option("--served", help="Serve the embedded model on a local Ray, and kill a shard in mid-stream.")
     ] = False,
+    scaled: Annotated[
+        bool, typer.Option("--scaled", help="Serve it, and let one replica become three and one again under load.")
+    ] = False,
 ) -> None:
     """Complete held-out code with and without speculation, live, and prove the outputs identical."""
+    if scaled:
+        from jetflow_cluster.bench.demo_scaled import ScaledDemoConfig, run_scaled_demo
+
+        run_scaled_demo(ScaledDemoConfig(output_dir=output), stdout)
+        stdout.print("\n".join(f"wrote {output / name}" for name in ("results.json", "scaled.png", "dashboard.png")))
+        return
     if served:
         from jetflow_cluster.bench.demo_served import ServedDemoConfig, run_served_demo
 

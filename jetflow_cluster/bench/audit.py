@@ -74,7 +74,9 @@ def undeclared(root: Path) -> Iterator[str]:
 def _licence(name: str) -> str:
     about = metadata.metadata(name)
     classifiers = [c for c in about.get_all("Classifier") or [] if c.startswith("License")]
-    return str(about.get("License-Expression") or " ".join(classifiers) or about.get("License") or "")
+    return str(
+        " ".join([*(about.get_all("License-Expression") or []), *classifiers]) or (about.get_all("License") or [""])[0]
+    )
 
 
 def _plain(name: str) -> str:

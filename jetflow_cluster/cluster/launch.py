@@ -48,7 +48,7 @@ def connect(address: str | None, config: ClusterConfig, *, log_to_driver: bool =
         return
     bundles = replica_shape(config, cluster_has_gpus=False).bundles
     os.environ.update(RAY_ENVIRONMENT)
-    wanted = config.num_replicas * sum(bundle["CPU"] for bundle in bundles)
+    wanted = (config.max_replicas or config.num_replicas) * sum(bundle["CPU"] for bundle in bundles)
     ray.init(
         num_cpus=max(os.cpu_count() or 1, math.ceil(wanted)),
         include_dashboard=False,
@@ -81,6 +81,11 @@ def overview() -> dict[str, Any]:
     """All replicas and routers that run; see `Directory.overview`."""
     found: dict[str, Any] = serve.get_app_handle(_app_name()).overview.remote().result()
     return found
+
+
+def metric_addresses() -> list[str]:
+    """Where the living nodes export metrics, as ``host:port``."""
+    return [f"{n['NodeManagerAddress']}:{n['MetricsExportPort']}" for n in ray.nodes() if n["Alive"]]
 
 
 def _app_name() -> str:

@@ -1,0 +1,78 @@
+"""What Ray's nodes export, read as Prometheus would, and the dashboard's figures drawn from it."""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jetflow_cluster.bench.panels import PANELS, Panel, Scrape
+from jetflow_cluster.bench.report import load_pyplot
+
+_LINE = re.compile(r"^(ray_jetflow_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_TIMEOUT_S = 5.0
+#: Seconds over which a rate is taken; values change every ten at Ray's default.
+_WINDOW_S = 12.0
+
+
+def parse(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """This project's values in Prometheus' text format."""
+    return {(name, frozenset(_LABEL.findall(labels))): float(value) for name, labels, value in _LINE.findall(text)}
+
+
+@dataclass
+class Recorder:
+    """Scrapes some addresses ``host:port`` now and then."""
+
+    addresses: Sequence[str]
+    #: Moments by `time.monotonic`, and what was found.
+    scrapes: list[tuple[float, Scrape]] = field(default_factory=list)
+
+    def scrape(self) -> None:
+        """Once; a node that does not answer is left out."""
+        found: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        for address in self.addresses:
+            try:
+                with urllib.request.urlopen(f"http://{address}/metrics", timeout=_TIMEOUT_S) as answer:
+                    found |= parse(answer.read().decode())
+            except OSError:
+                continue
+        self.scrapes.append((time.monotonic(), found))
+
+    def lines(self, panel: Panel) -> dict[str, list[tuple[float, float]]]:
+        """Seconds since the first scrape and values, by the panel's legends."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        start = self.scrapes[0][0] if self.scrapes else 0.0
+        for index, (moment, now) in enumerate(self.scrapes):
+            earlier = [pair for pair in self.scrapes[:index] if moment - pair[0] >= _WINDOW_S]
+            if not earlier:
+                continue
+            since, before = earlier[-1]
+            for series in panel.series:
+                for legend, value in series.values(before, now, moment - since).items():
+                    found.setdefault(legend, []).append((moment - start, value))
+        return found
+
+    def empty_panels(self) -> list[str]:
+        """Titles of panels that have nothing to show."""
+        return [panel.title for panel in PANELS if not self.lines(panel)]
+
+    def draw(self, path: Path) -> None:
+        """All panels, as the dashboard arranges them."""
+        plt = load_pyplot()
+        num_rows = -(-len(PANELS) // 3)
+        figure, axes = plt.subplots(num_rows, 3, figsize=(15, 2.6 * num_rows), squeeze=False)
+        for axis, panel in zip(axes.flat, PANELS, strict=False):
+            for legend, points in self.lines(panel).items():
+                axis.plot(*zip(*points, strict=True), linewidth=1.2, label=legend)
+            axis.set_title(f"{panel.title} [{panel.unit}]", loc="left", fontsize=9)
+            axis.set_ylim(bottom=0)
+            axis.tick_params(labelsize=7)
+            axis.legend(fontsize=6, ncols=2, loc="upper left")
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
+        plt.close(figure)

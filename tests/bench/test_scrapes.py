@@ -1,0 +1,44 @@
+"""What nodes export is read as it is written, and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jetflow_cluster import metrics as m
+from jetflow_cluster.bench.panels import PANELS
+from jetflow_cluster.bench.scrapes import Recorder, parse
+from jetflow_cluster.metrics import COUNTER, HISTOGRAM
+
+TEXT = """# HELP ray_jetflow_request_success_total d
+# TYPE ray_jetflow_request_success_total counter
+ray_jetflow_request_success_total{Component="core_worker",finished_reason="stop",router_id="a \\"b\\""} 4.0
+ray_jetflow_num_requests_running{replica_id="r"} 2.0
+ray_other_thing{replica_id="r"} 2.0
+"""
+
+
+def test_lines_are_parsed() -> None:
+    found = parse(TEXT)
+    assert found == {
+        (
+            m.REQUEST_SUCCESS.exported,
+            frozenset({("Component", "core_worker"), ("finished_reason", "stop"), ("router_id", 'a \\"b\\"')}),
+        ): 4.0,
+        (m.RUNNING.exported, frozenset({("replica_id", "r")})): 2.0,
+    }
+
+
+def test_panels_without_values_are_named_and_others_drawn(tmp_path: Path) -> None:
+    recorder = Recorder([])
+    everything = [metric for metric in m.CATALOGUE if metric.kind != HISTOGRAM]
+    for step in range(3):
+        values = {
+            (metric.exported, frozenset((label, "0") for label in metric.labels)): 1.0 + step * (metric.kind == COUNTER)
+            for metric in everything
+        }
+        recorder.scrapes.append((20.0 * step, values))
+    latencies = {"Time to first token", "Inter-token latency", "Request latency", "Time in queues"}
+    assert set(recorder.empty_panels()) == latencies
+    assert {panel.title for panel in PANELS} > latencies
+    recorder.draw(tmp_path / "dashboard.png")
+    assert (tmp_path / "dashboard.png").stat().st_size > 10_000
