@@ -18,6 +18,7 @@ Modes = Annotated[str, typer.Option(help="auto, off, or a fixed number of nodes 
 PromptLengths = Annotated[str, typer.Option(help="Prompt lengths in tokens, by comma, mixed in every round.")]
 OutputLengths = Annotated[str, typer.Option(help="Output lengths in tokens, by comma, mixed in every round.")]
 Add = Annotated[bool, typer.Option(help="Keep what results.json has of other loads.")]
+MaxSeconds = Annotated[float | None, typer.Option(help="Begin no further turn behind so many seconds.")]
 Seed = Annotated[int, typer.Option(help="Seed of prompts, arrivals and turns.")]
 
 
@@ -33,6 +34,7 @@ def load(
     output_lengths: OutputLengths = "64",
     requests_per_stream: Annotated[int, typer.Option(min=1, help="Requests of a round for each at a time.")] = 1,
     dtype: Annotated[str, typer.Option(help="Compute type.")] = "float32",
+    max_seconds: MaxSeconds = None,
     add: Add = False,
     seed: Seed = 0,
 ) -> None:
@@ -56,6 +58,7 @@ def load(
         draft_head=draft_head,
         dtype=dtype,
         transformers_at=opt.read_numbers("transformers_at", transformers_at) if transformers_at else (),
+        max_s=max_seconds,
         add=add,
     )
     run_engine_load(config, stderr)
@@ -79,6 +82,7 @@ def serve(
     openai_model: Annotated[str, typer.Option(help="Name of its model.")] = "",
     openai_options: Annotated[str, typer.Option(help="Further fields of its requests, as a JSON object.")] = "{}",
     trace: Annotated[Path | None, typer.Option(help="Trace of arrivals; see `jetflow bench trace`.")] = None,
+    max_seconds: MaxSeconds = None,
     add: Add = False,
     seed: Seed = 0,
 ) -> None:
@@ -111,6 +115,7 @@ def serve(
         openai_model=openai_model,
         openai_options=options,
         trace=trace or BURSTY_TRACE,
+        max_s=max_seconds,
         add=add,
     )
     run_served_load(config, stderr)

@@ -233,6 +233,20 @@ def _requests(count: int, max_tokens: int) -> list[LoadRequest]:
     return [LoadRequest(prompt=prompt, max_tokens=max_tokens) for _ in range(count)]
 
 
+def test_no_turn_begins_behind_the_limit(tmp_path: Path) -> None:
+    with api_server() as running:
+        config = LoadBenchConfig(
+            output_dir=tmp_path,
+            plan=LoadPlan(concurrencies=(1, 2), num_rounds=3, output_lengths=(5,)),
+            modes=("off",),
+            server=running.address,
+            prompts=_prompts(tmp_path),
+            max_s=0.0,
+        )
+        rows = run_served_load(config, stderr)["rows"]
+    assert [(row["level"], row["num_rounds"]) for row in rows] == [(1, 1)]
+
+
 def test_an_openai_endpoint_under_load(openai: tuple[_OpenAiServer, str]) -> None:
     server, address = openai
     system = OpenAiLoad("other", f"{address}/v1/", "m", "secret", {"ignore_eos": True})

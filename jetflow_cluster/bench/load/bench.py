@@ -51,6 +51,8 @@ class LoadBenchConfig:
     prompts: Path | None = None
     #: A recorded trace for the loop ``trace``.
     trace: Path = BURSTY_TRACE
+    #: Seconds behind which no further turn begins; None is no limit.
+    max_s: float | None = None
     #: Keep the samples that ``results.json`` has of other loads.
     add: bool = False
 
@@ -139,6 +141,7 @@ def _measure_and_write(
             prompts,
             trace=read_trace(config.trace),
             runs_at=runs_at,
+            max_s=config.max_s,
             on_progress=lambda label, done, total: progress.update(
                 task, description=label, completed=done, total=total
             ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,7 @@ def measure(
     *,
     trace: Sequence[float],
     runs_at: Callable[[LoadSystem, float], bool] = lambda system, level: True,
+    max_s: float | None = None,
     on_progress: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
     """One sample per level, round and system, as plain JSON values.
@@ -74,6 +76,7 @@ def measure(
         prompts: to draw from.
         trace: arrivals of the loop ``trace``, one per unit of time.
         runs_at: whether a system takes part at a level.
+        max_s: seconds behind which no turn but the first begins, so that there may be fewer rounds; None is no limit.
         on_progress: told a label, the runs done and their total.
     """
     samples: list[dict[str, Any]] = []
@@ -84,7 +87,10 @@ def measure(
             if runs_at(system, level):
                 on_progress(f"warming up: {system.name}", 0, total)
                 _run(plan, system, prompts, level, "warm-up", trace)
+    began = time.monotonic()
     for level, index in turns:
+        if samples and max_s is not None and time.monotonic() - began > max_s:
+            break
         order = [system for system in systems if runs_at(system, level)]
         random.Random(f"{plan.seed}/{level}/{index}").shuffle(order)
         runs: dict[str, LoadRun] = {}
