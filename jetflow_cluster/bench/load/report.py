@@ -19,8 +19,8 @@ def load_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows for a terminal."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("system")
-    for title in ("load", "tok/s", "per request", "first, ms", "vs off", "90 %", "vs best fixed", "90 %", "tok/step"):
-        table.add_column(title, justify="right")
+    for title in ("load", "tok/s", "each", "first, ms", "to off", "90 %", "to best", "90 %", "tok/step"):
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         length = row["mean_acceptance_length"]
         table.add_row(
@@ -48,7 +48,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
         here = {row["system"]: row for row in rows if (row["loop"], row["level"]) == (loop, level)}
         speeds = [f"{here[name]['tokens_per_s']:.0f}" if name in here else "" for name in names]
         auto = here.get("auto")
-        ratios = ["", ""] if auto is None else [" ".join(_ratio(auto, key)) for key in ("off", "best_fixed")]
+        ratios = ["", ""] if auto is None else [", ".join(_ratio(auto, key)) for key in ("off", "best_fixed")]
         lines.append(f"| {level:g}{'' if loop == 'closed' else '/s'} | {' | '.join(speeds)} | {' | '.join(ratios)} |")
     return "\n".join(lines) + "\n"
 
@@ -103,4 +103,4 @@ def _ratio(row: Mapping[str, Any], key: str) -> tuple[str, str]:
     ratio, bounds = row[f"ratio_to_{key}"], row[f"ratio_to_{key}_bounds"]
     if ratio is None:
         return "-", ""
-    return f"{ratio:.2f}", f"({bounds[0]:.2f} to {bounds[1]:.2f})"
+    return f"{ratio:.2f}", f"{bounds[0]:.2f}-{bounds[1]:.2f}"
