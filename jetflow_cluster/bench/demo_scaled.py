@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from jetflow_cluster.rpc.client import JetFlowClient
 from jetflow_cluster.rpc.errors import StatusError
 from jetflow_cluster.types import SamplingParams
 
-_LOOK_S = 0.5
+_LOOK_S, _LOOKS_PER_SCRAPE = 0.5, 4
 #: Seconds for a number of replicas to be reached, for each phase's load besides, and for the last values to be told.
 _SCALE_TIMEOUT_S, _HOLD_S, _EXPORT_S = 150.0, 8.0, 12.0
 _MAX_REPLICAS, _MAX_TOKENS = 3, 96
@@ -160,12 +161,14 @@ def _run_phases(
 
 
 def _watch(client: JetFlowClient, recorder: Recorder, seen: _Seen, stopped: threading.Event) -> None:
+    looks = itertools.count()
     while not stopped.wait(_LOOK_S):
         with suppress(StatusError):
             loads = client.server_load(timeout_s=5.0).replicas
             count = sum(load.healthy and not load.draining for load in loads)
             seen.replicas.append((time.monotonic(), count))
-        recorder.scrape()
+        if next(looks) % _LOOKS_PER_SCRAPE == 0:
+            recorder.scrape()
 
 
 def _last(seen: _Seen) -> int:
