@@ -11,7 +11,7 @@ from jetflow_cluster.engine.device_acceptance import accept_on_device
 from jetflow_cluster.engine.device_builder import build_trees_on_device
 from jetflow_cluster.engine.protocols import Acceptor, TreeBuilder
 from jetflow_cluster.engine.trees import build_planned_trees
-from jetflow_kernels.devices import runs_triton
+from jetflow_kernels.shipped import runs_triton
 
 
 def tree_builder_for(device: torch.device) -> TreeBuilder:

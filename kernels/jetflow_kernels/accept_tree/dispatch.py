@@ -6,7 +6,7 @@ import torch
 
 from jetflow_kernels.accept_tree.buffers import SamplingTable, VerifiedTrees, WalkBuffers
 from jetflow_kernels.accept_tree.reference import accept_tree_reference, commit_slots_reference
-from jetflow_kernels.devices import runs_triton
+from jetflow_kernels.shipped import runs_triton
 
 
 def accept_tree(trees: VerifiedTrees, table: SamplingTable | None, out: WalkBuffers) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from jetflow_kernels.build_tree.buffers import Candidates, RowLayout, TreeBuffers, TreeLimits
 from jetflow_kernels.build_tree.reference import build_tree_reference, lay_out_rows_reference
-from jetflow_kernels.devices import runs_triton
+from jetflow_kernels.shipped import runs_triton
 
 
 def build_tree(candidates: Candidates, limits: TreeLimits, out: TreeBuffers) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from jetflow_kernels.devices import runs_triton
 from jetflow_kernels.philox_gumbel.reference import philox_gumbel_reference
+from jetflow_kernels.shipped import runs_triton
 
 
 def philox_gumbel(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
