@@ -49,11 +49,11 @@ class ScaledDemoConfig:
         default_factory=lambda: ClusterConfig(
             num_replicas=1,
             max_replicas=_MAX_REPLICAS,
-            target_outstanding_tokens=600.0,
+            target_outstanding_tokens=300.0,
             target_time_to_first_token_s=10.0,
             load_look_back_s=3.0,
             upscale_delay_s=1.0,
-            downscale_delay_s=4.0,
+            downscale_delay_s=10.0,
             num_pages=1024,
             num_threads_per_actor=1,
             grpc_port=0,
