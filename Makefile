@@ -84,10 +84,8 @@ gpu:
 test-gpu: gpu ## On a CUDA device, from a checkout without installation: kernels, lossless, ranks
 	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest -q -rsP tests/kernels/interpreted/*_cases.py tests/kernels/test_compilations.py tests/gpu
 
-bench-gpu: gpu ## On a CUDA device: the kernels beside scaled_dot_product_attention, FlexAttention and the CPU; figures in out/kernels
+bench-gpu: gpu ## On a CUDA device: the kernels beside scaled_dot_product_attention and FlexAttention; figures in out/kernels
 	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/benchmarks/tree_attention.py --output $(OUT)/kernels
-	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/benchmarks/build_tree.py --output $(OUT)/kernels
-	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/benchmarks/accept_tree.py --output $(OUT)/kernels
 
 train: $(STAMP) ## Rebuild the embedded model from nothing; resumes where it stopped
 	$(RUN)/python -m jetflow_cluster.training.recipe

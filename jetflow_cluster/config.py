@@ -44,6 +44,8 @@ class EngineConfig:
     enable_prefix_cache: bool = True
     #: Mix what a greedy request's own text suggests into its trees.
     context_lookup: bool = True
+    #: On CUDA, replay steps without prompt chunks from CUDA graphs; their trees hold no lookups.
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -116,6 +116,7 @@ def _measure(
         raise ValueError(f"shape = {config.shape}: weights of {weights} bytes do not fit, {available} are free")
     target, head = random_models(shape, config.dtype, config.device)
     rows: list[dict[str, object]] = []
+    is_cuda = config.device.type == "cuda"
     for point in config.points:
         console.print(f"batch {point.batch_size}, {point.num_nodes} nodes, prefix {point.prefix_len}", highlight=False)
         needed = _kv_bytes(config, sizes, point) + 2 * point.num_rows * sizes.vocab_size * max(4, sizes.logit)
@@ -127,21 +128,27 @@ def _measure(
             )
             console.print(f"  left out: {skipped[-1]}", highlight=False)
             continue
-        num_steps = _STEPS_PER_REPEAT * config.repeats + _WARMUPS
-        engine, runner, drafter = engine_at(target, head, point, page_size=config.page_size, num_steps=num_steps)
+        num_steps = 2 * (_STEPS_PER_REPEAT * config.repeats + _WARMUPS)
+        engine, runner, drafter = engine_at(
+            target, head, point, page_size=config.page_size, num_steps=num_steps, has_graphs=is_cuda
+        )
         parts = part_times(engine, runner, drafter, point, repeats=config.repeats)
+        if is_cuda:
+            # First from graphs, where only the whole step can be timed; then launch by launch.
+            parts["step from graphs"] = stage_times(engine, config.device, repeats=config.repeats, warmups=3)["step"]
+            engine.compute = engine.compute_eagerly
         times = stage_times(engine, config.device, repeats=config.repeats, warmups=_WARMUPS)
         bytes_of = sizes.stages(point) | {"step": sizes.step(point), "schedule": 0}
         for name, seconds in (times | parts).items():
             if name == "draft" and point.num_nodes == 1:
                 continue
-            part = "attention" if name.startswith("attention") else name
+            part = next((part for part in ("attention", "step") if name.startswith(part)), name)
             rows.append(row_of(point, name, bytes_of[part], bandwidth, seconds))
         del engine, runner, drafter
     return rows
 
 
 def _kv_bytes(config: StepBenchConfig, sizes: ModelBytes, point: Point) -> int:
-    num_steps = _STEPS_PER_REPEAT * config.repeats + _WARMUPS
+    num_steps = 2 * (_STEPS_PER_REPEAT * config.repeats + _WARMUPS)
     pages = point.batch_size * pages_of(point, config.page_size, num_steps, sizes.max_depth + 1)
     return pages * config.page_size * (sizes.target_kv + sizes.draft_kv)

@@ -15,6 +15,7 @@ from jetflow_cluster.cache.page_table import PageTable
 from jetflow_cluster.cache.prefix_cache import PageKeys
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.engine import Engine
+from jetflow_cluster.engine.graph_runner import CudaGraphs, serve_from_graphs
 from jetflow_cluster.engine.protocols import FixedBudget
 from jetflow_cluster.engine.request import Request, RequestStatus
 from jetflow_cluster.engine.scheduler import Scheduler
@@ -32,12 +33,14 @@ def pages_of(point: Point, page_size: int, num_steps: int, block_size: int) -> i
 
 
 def engine_at(
-    target: TargetModel, head: DraftHead, point: Point, *, page_size: int, num_steps: int
+    target: TargetModel, head: DraftHead, point: Point, *, page_size: int, num_steps: int, has_graphs: bool
 ) -> tuple[Engine, TargetRunner, HeadDrafter]:
-    """An engine whose requests have their prefixes in the cache and are about to decode."""
+    """An engine whose requests have their prefixes in the cache and are about to decode; its steps are recorded where
+    there are graphs."""
     num_pages = point.batch_size * pages_of(point, page_size, num_steps, head.config.block_size)
-    runner = TargetRunner(target, num_pages=num_pages, page_size=page_size)
-    drafter = HeadDrafter(head, None, target, num_pages=num_pages, page_size=page_size)
+    scratch = int(has_graphs)
+    runner = TargetRunner(target, num_pages=num_pages, page_size=page_size, num_scratch_pages=scratch)
+    drafter = HeadDrafter(head, None, target, num_pages=num_pages, page_size=page_size, num_scratch_pages=scratch)
     scheduler = Scheduler(
         PagePool(num_pages),
         None,
@@ -50,6 +53,9 @@ def engine_at(
         budget=FixedBudget(point.num_nodes),
     )
     engine = Engine(runner, drafter, scheduler, prefix_cache=None)
+    if has_graphs:
+        max_len = point.prefix_len + num_steps * head.config.block_size + 1
+        serve_from_graphs(engine, max_len=max_len, recorder=CudaGraphs(runner.device))
     for kv in (runner.kv, drafter.kv):
         kv.normal_()
     generator = torch.Generator().manual_seed(0)

@@ -76,6 +76,8 @@ class ClusterConfig:
     enable_prefix_cache: bool = True
     #: Mix what a greedy request's own text suggests into its trees.
     context_lookup: bool = True
+    #: On CUDA, replay steps without prompt chunks from CUDA graphs; their trees hold no lookups.
+    cuda_graphs: bool = True
     #: Seconds without a sign of life after which a process of a replica counts as dead, a stopped one too.
     silence_s: float = 1.5
     #: Seconds for a Serve replica to answer a health check; one that fails three in a row is replaced.
@@ -174,6 +176,7 @@ class ClusterConfig:
             max_model_len=self.max_model_len,
             enable_prefix_cache=self.enable_prefix_cache,
             context_lookup=self.context_lookup,
+            cuda_graphs=self.cuda_graphs,
         )
 
 

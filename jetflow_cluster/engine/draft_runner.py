@@ -52,6 +52,7 @@ class HeadDrafter:
         *,
         num_pages: int,
         page_size: int,
+        num_scratch_pages: int = 0,
     ):
         config = head.config
         self.head = head
@@ -65,7 +66,7 @@ class HeadDrafter:
         self._device = target.device
         self.kv = allocate_kv(
             num_layers=config.num_layers,
-            num_pages=num_pages,
+            num_pages=num_pages + num_scratch_pages,
             page_size=page_size,
             num_kv_heads=head.num_local_kv_heads,
             head_dim=config.head_dim,

@@ -15,8 +15,10 @@ from jetflow_cluster.engine.device_parts import acceptor_for, tree_builder_for
 from jetflow_cluster.engine.lookup import ContextLookup
 from jetflow_cluster.engine.protocols import (
     Acceptor,
+    Compute,
     Drafter,
     ScheduledRequest,
+    StepOutcome,
     StepPlan,
     StepRecord,
     TreeBuilder,
@@ -63,6 +65,8 @@ class Engine:
         self.lookup = lookup
         self.tree_builder: TreeBuilder = tree_builder or tree_builder_for(target.device)
         self.acceptor: Acceptor = acceptor_for(target.device)
+        #: The passes of a step; a `GraphRunner` may stand here.
+        self.compute: Compute = self.compute_eagerly
         #: Called behind each step, for tracing.
         self.on_step: Callable[[StepRecord], None] | None = None
         #: Told the name of each stage of a step as it begins, for tracing: schedule, draft, build, verify, accept,
@@ -114,22 +118,31 @@ class Engine:
         if not plan.items:
             return deltas
         try:
-            self.on_stage("draft")
-            tables = self._draft(plan)
-            self.on_stage("build")
-            trees = self.tree_builder(plan, tables)
-            batch = build_batch(plan, trees, self.target.page_size, self.target.device)
-            self.on_stage("verify")
-            verified = self._verify(plan, batch)
-            self.on_stage("accept")
-            paths = self._accept(plan, trees, batch, verified)
-            self.on_stage("commit")
-            deltas += self._commit(plan, trees, batch, verified, paths)
+            outcome = self.compute(plan)
+            deltas += self._commit(plan, outcome)
         except Exception as error:
             _log.exception("step %d failed; its %d requests end", self.num_steps, len(plan.items))
             deltas += self._fail(plan, error)
         self.num_steps += 1
         return deltas
+
+    def compute_eagerly(self, plan: StepPlan) -> StepOutcome:
+        """The passes of any step, one launch at a time."""
+        self.on_stage("draft")
+        tables = self._draft(plan)
+        self.on_stage("build")
+        trees = self.tree_builder(plan, tables)
+        batch = build_batch(plan, trees, self.target.page_size, self.target.device)
+        self.on_stage("verify")
+        verified = self._verify(plan, batch)
+        self.on_stage("accept")
+        paths = self._accept(plan, trees, batch, verified)
+        self.on_stage("commit")
+        self._commit_kv(plan, paths)
+        self._keep_fused(plan, batch, verified, paths)
+        for i, (item, path) in enumerate(zip(plan.items, paths, strict=True)):
+            self._report_logprobs(i, item, batch, verified, path)
+        return StepOutcome(trees=trees, paths=paths)
 
     def pages_with_draft_context(self) -> list[int]:
         """Pages whose draft context somebody may still read: those of running requests, and cached ones."""
@@ -201,21 +214,11 @@ class Engine:
             paths[i] = path
         return paths
 
-    def _commit(
-        self,
-        plan: StepPlan,
-        trees: list[DraftTree],
-        batch: StepBatch,
-        verified: _Verified,
-        paths: list[AcceptedPath | None],
-    ) -> list[RequestDelta]:
-        self._commit_kv(plan, paths)
-        self._keep_fused(plan, batch, verified, paths)
+    def _commit(self, plan: StepPlan, outcome: StepOutcome) -> list[RequestDelta]:
         deltas: list[RequestDelta] = []
         records: list[TreeRecord] = []
-        for i, (item, tree, path) in enumerate(zip(plan.items, trees, paths, strict=True)):
+        for item, tree, path in zip(plan.items, outcome.trees, outcome.paths, strict=True):
             request = item.request
-            self._report_logprobs(i, item, batch, verified, path)
             if path is None:
                 request.num_computed += item.num_rows
                 self._share_pages(request)

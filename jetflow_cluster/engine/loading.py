@@ -14,6 +14,7 @@ from jetflow_cluster.cache.prefix_cache import PrefixCache
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.engine import Engine
+from jetflow_cluster.engine.graph_runner import CudaGraphs, serve_from_graphs
 from jetflow_cluster.engine.lookup import ContextLookup
 from jetflow_cluster.engine.memory_plan import MemoryPlan
 from jetflow_cluster.engine.planned_memory import plan_draft_worker, plan_memory
@@ -24,6 +25,7 @@ from jetflow_cluster.engine.resolve import (
     compute_draft_dtype,
     compute_dtype,
     max_model_len,
+    uses_graphs,
 )
 from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner
@@ -107,12 +109,17 @@ def load_engine(
         budget=budget or FixedBudget(1),
     )
     if channel is None:
-        runner = TargetRunner(target, num_pages=num_pages, page_size=config.page_size)
+        scratch = parts.memory.num_scratch_pages
+        runner = TargetRunner(target, num_pages=num_pages, page_size=config.page_size, num_scratch_pages=scratch)
     else:
         runner = LeadingTarget(target, num_pages=num_pages, page_size=config.page_size, channel=channel)
+    engine = Engine(runner, drafter, scheduler, prefix_cache=prefix_cache, lookup=lookup, tree_builder=tree_builder)
+    has_own_trees = drafter_factory is None and tree_builder is None
+    if uses_graphs(config, target.device) and has_own_trees:
+        serve_from_graphs(engine, max_len=parts.max_model_len, recorder=CudaGraphs(target.device))
     tokenizer_path = parts.target_dir / "tokenizer.json"
     return LoadedEngine(
-        engine=Engine(runner, drafter, scheduler, prefix_cache=prefix_cache, lookup=lookup, tree_builder=tree_builder),
+        engine=engine,
         tokenizer=Tokenizer.from_file(str(tokenizer_path)) if tokenizer_path.exists() else None,
         target_dir=parts.target_dir,
         max_model_len=parts.max_model_len,
@@ -189,7 +196,14 @@ class _Parts:
 
     def drafter(self, page_size: int) -> HeadDrafter:
         assert self.head is not None
-        return HeadDrafter(self.head, self.sidecar, self.target, num_pages=self.num_pages, page_size=page_size)
+        return HeadDrafter(
+            self.head,
+            self.sidecar,
+            self.target,
+            num_pages=self.num_pages,
+            page_size=page_size,
+            num_scratch_pages=self.memory.num_scratch_pages,
+        )
 
     def leading_drafter(self, config: EngineConfig, channel: LeaderChannel, tp: TpGroup) -> HeadDrafter:
         return LeadingDrafter(

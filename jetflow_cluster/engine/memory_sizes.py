@@ -97,6 +97,17 @@ def activation_item(
     return MemoryItem(name="activations", num_bytes=max(passes.values()), detail=f"the larger of {detail}")
 
 
+def graph_item(
+    target: TargetModel, head: DraftHead | None, num_taps: int, limits: StepLimits, device: torch.device
+) -> MemoryItem:
+    """What recorded steps keep for themselves: one pool for what they compute with, and what they accept by."""
+    pool = activation_item(target, head, num_taps, limits, device).num_bytes
+    vocab_size = target.config.vocab_size
+    # Best scores and tokens of 1024 tokens each, and rows of scores in fp64, twice.
+    walk = limits.num_rows * -(-vocab_size // 1024) * 12 + limits.num_requests * vocab_size * 16
+    return MemoryItem(name="graphs", num_bytes=pool + walk, detail="the pool of recorded steps, and their walks")
+
+
 def draft_activation_item(head: DraftHead, ends: TargetEnds, limits: StepLimits, device: torch.device) -> MemoryItem:
     """What a draft worker computes with."""
     size = draft_bytes(head, ends, limits, device)

@@ -14,6 +14,7 @@ from jetflow_cluster.engine.memory_sizes import (
     StepLimits,
     activation_item,
     draft_activation_item,
+    graph_item,
     page_bytes,
     sidecar_item,
     tree_item,
@@ -25,6 +26,7 @@ from jetflow_cluster.engine.resolve import (
     compute_draft_dtype,
     compute_dtype,
     max_model_len,
+    uses_graphs,
 )
 from jetflow_cluster.models.draft_head import DraftFuser, DraftHead
 from jetflow_cluster.models.loader import load_draft_head, load_fuser, load_target, load_target_ends, sidecar_rank
@@ -65,6 +67,9 @@ def plan_memory(config: EngineConfig, tp: TpGroup | None = None, *, with_head: b
         num_taps = len(part.config.target_layer_ids)
         items += weight_items("draft head", part, device)
     items.append(activation_item(target, head, num_taps, limits, device))
+    has_graphs = uses_graphs(config, device)
+    if has_graphs:
+        items.append(graph_item(target, head, num_taps, limits, device))
     plan = fit_pages(
         MemoryPlan(
             device=device,
@@ -72,6 +77,7 @@ def plan_memory(config: EngineConfig, tp: TpGroup | None = None, *, with_head: b
             items=tuple(items),
             target_page_bytes=page_bytes(target, config.page_size, device),
             draft_page_bytes=page_bytes(head, config.page_size, device) if head is not None else 0,
+            num_scratch_pages=int(has_graphs),
         ),
         num_pages=config.num_pages,
         pages_per_request=-(-limits.max_len // config.page_size),

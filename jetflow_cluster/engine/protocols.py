@@ -46,6 +46,20 @@ class StepPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What the passes of a step gave; K and V of the paths are where they belong."""
+
+    #: One per item; their sizes alone may be known.
+    trees: Sequence[DraftTree]
+    #: The accepted path of each item that chooses a token; None for the others.
+    paths: Sequence[AcceptedPath | None]
+
+
+#: Drafts, builds, verifies, accepts, and moves K and V. The host learns of nothing but the outcome.
+Compute = Callable[[StepPlan], StepOutcome]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TreeRecord:
     """What one request's step did, for tracing."""
 

@@ -61,3 +61,8 @@ def max_model_len(config: EngineConfig, target: TargetConfig) -> int:
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ValueError(f"max_model_len = {config.max_model_len}: the model's limit is {limit}")
     return config.max_model_len or limit
+
+
+def uses_graphs(config: EngineConfig, device: torch.device) -> bool:
+    """True when steps without prompt chunks are replayed: on CUDA, in an engine of one rank."""
+    return config.cuda_graphs and device.type == "cuda" and config.tensor_parallel_size == 1

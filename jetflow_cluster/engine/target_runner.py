@@ -13,16 +13,25 @@ from jetflow_kernels.warmup import launch_every_kernel
 
 
 class TargetRunner:
-    """The target's weights and pages on one device."""
+    """The target's weights and pages on one device.
 
-    def __init__(self, model: TargetModel, *, num_pages: int, page_size: int):
+    Args:
+        model: the weights.
+        num_pages: of the pool.
+        page_size: KV slots per page.
+        num_scratch_pages: behind those of the pool, for rows without a request.
+    """
+
+    def __init__(self, model: TargetModel, *, num_pages: int, page_size: int, num_scratch_pages: int = 0):
         config = model.config
         self.model = model
         self.device = model.device
         self.page_size = page_size
+        #: First slot of the scratch pages.
+        self.scratch_slot = num_pages * page_size
         self.kv = allocate_kv(
             num_layers=config.num_layers,
-            num_pages=num_pages,
+            num_pages=num_pages + num_scratch_pages,
             page_size=page_size,
             num_kv_heads=model.num_local_kv_heads,
             head_dim=config.head_dim,

@@ -19,7 +19,7 @@ from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.models.batch import ForwardBatch
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
-from jetflow_kernels.tree_attention import plan_tree_attention
+from jetflow_kernels.tree_attention import TreeAttentionPlan, plan_tree_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class Rows:
     def of(cls, batch: ForwardBatch) -> Rows:
         """What a batch is made of."""
         plan = batch.attention
+        assert isinstance(plan, TreeAttentionPlan)
         return cls(
             token_ids=batch.token_ids.tolist(),
             positions=batch.positions.tolist(),

@@ -69,7 +69,7 @@ def candidate_tables(
     logprobs = _sharpened(logits, sampling, sharpness).log_softmax(-1)
     ids, scores = _marginal(logprobs, min(width, POOL_SIZE, logits.shape[2]), sampling, divisors)
     if sidecar is not None and logits.shape[1] > 1:
-        scores = _conditional(ids, scores, sidecar, divisors)
+        scores = conditional_scores(ids, scores, sidecar, divisors)
     else:
         scores = scores.unsqueeze(2)
     fixed = to_fixed_point(scores).cpu()
@@ -141,7 +141,7 @@ def _noised(
     return pool.indices.gather(-1, top.indices), top.values
 
 
-def _conditional(
+def conditional_scores(
     ids: torch.Tensor, scores: torch.Tensor, sidecar: Correction, divisors: torch.Tensor | None
 ) -> torch.Tensor:
     """Log-probabilities ``[R, D, W, W]`` of each candidate under each candidate of the depth above.

@@ -132,6 +132,19 @@ def test_steps_stay_within_the_activations(tiny_target_dir: Path, tiny_head_dir:
     assert planned / 4 < max(peaks) <= planned
 
 
+def test_recorded_steps_have_a_scratch_page_and_a_pool(
+    tiny_target_dir: Path, tiny_head_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planned_memory, "available_memory_bytes", lambda device: 2**30)
+    given = options(tiny_target_dir, tiny_head_dir, device="cuda")
+    plan = plan_memory(EngineConfig(**given))
+    without = plan_memory(EngineConfig(**given, cuda_graphs=False))
+    assert (plan.num_scratch_pages, without.num_scratch_pages) == (1, 0)
+    assert sizes(plan)["graphs"] > sizes(plan)["activations"]
+    assert plan.total_bytes - without.total_bytes == sizes(plan)["graphs"] + plan.page_bytes
+    assert not [name for name in sizes(plan) if "CPU" in name]
+
+
 def plan_of(available: int, fixed: int, *, device: str = "cpu") -> MemoryPlan:
     item = MemoryItem(name="weights", num_bytes=fixed)
     return MemoryPlan(

@@ -3,5 +3,15 @@
 from jetflow_kernels.tree_attention.dispatch import tree_attention
 from jetflow_kernels.tree_attention.plan import TreeAttentionPlan, plan_tree_attention
 from jetflow_kernels.tree_attention.reference import tree_attention_reference
+from jetflow_kernels.tree_attention.static import HeadLayout, StaticAttention, block_attention, tree_rows_attention
 
-__all__ = ["TreeAttentionPlan", "plan_tree_attention", "tree_attention", "tree_attention_reference"]
+__all__ = [
+    "HeadLayout",
+    "StaticAttention",
+    "TreeAttentionPlan",
+    "block_attention",
+    "plan_tree_attention",
+    "tree_attention",
+    "tree_attention_reference",
+    "tree_rows_attention",
+]

@@ -1,0 +1,277 @@
+"""Runs steps without prompt chunks from recorded launches; every other step is computed by the engine as it is.
+
+Steps are recorded per bucket, when one is first needed. What does the recording is the only part that knows CUDA;
+where there is none the same launches are executed instead of replayed.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from jetflow_cluster.config import MAX_WIDTH
+from jetflow_cluster.engine.batch import wants_prompt_logprobs
+from jetflow_cluster.engine.device_builder import trees_of
+from jetflow_cluster.engine.draft_runner import HeadDrafter
+from jetflow_cluster.engine.engine import Engine
+from jetflow_cluster.engine.protocols import ScheduledRequest, StepOutcome, StepPlan
+from jetflow_cluster.engine.request import Request
+from jetflow_cluster.engine.static_step import Bucket, StaticStep
+from jetflow_cluster.engine.target_runner import TargetRunner
+from jetflow_cluster.layers.sampling_row import has_penalties
+from jetflow_cluster.tree.accept import AcceptedPath
+from jetflow_cluster.tree.draft_tree import DraftTree
+from jetflow_cluster.tree.noise import as_signed
+
+#: Sizes of buckets; a batch takes the smallest that holds it.
+REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+NODES = (1, 8, 16, 32, 64, 128, 256, 512)
+ROWS_PER_BUCKET = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
+
+
+class Recorder(Protocol):
+    """Turns launches into something that does them again."""
+
+    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+        """What to call in place of `launches`, whose tensors stay where they are."""
+
+
+class Executing:
+    """Where nothing can be recorded: the launches themselves."""
+
+    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+        """The launches."""
+        return launches
+
+
+class CudaGraphs:
+    """CUDA graphs, whose buckets share one pool of memory: only one runs at a time."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+        """Runs the launches thrice, the last time recorded. The tensors that they read must stand for no request."""
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                launches()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            launches()
+        return graph.replay
+
+
+class GraphRunner:
+    """Static steps by bucket, and what the host does around them.
+
+    Args:
+        target: with a scratch page.
+        drafter: with a scratch page; None does not speculate.
+        compute_eagerly: computes the steps that no bucket serves.
+        max_len: longest prompt plus output.
+        recorder: of the device.
+        is_traced: true while somebody wants to see whole trees, which are then read from the device.
+    """
+
+    def __init__(
+        self,
+        target: TargetRunner,
+        drafter: HeadDrafter | None,
+        compute_eagerly: Callable[[StepPlan], StepOutcome],
+        *,
+        max_len: int,
+        recorder: Recorder,
+        is_traced: Callable[[], bool] = lambda: False,
+    ):
+        self.target, self.drafter = target, drafter
+        #: Told the name of each stage, as `Engine.on_stage` is.
+        self.on_stage: Callable[[str], None] = lambda stage: None
+        #: Steps that were served from buckets.
+        self.num_static_steps = 0
+        self._compute_eagerly, self._recorder, self._is_traced = compute_eagerly, recorder, is_traced
+        scratch_rows = max(NODES[-1], drafter.num_scratch_rows if drafter is not None else 1)
+        self._num_pages = -(-(max_len + scratch_rows) // target.page_size)
+        self._steps: dict[Bucket, tuple[StaticStep, Callable[[], None]]] = {}
+        #: What the rows of each step's page table hold: request, life of its pages, and how many.
+        self._held: dict[Bucket, list[tuple[str, int, int]]] = {}
+
+    def compute(self, plan: StepPlan) -> StepOutcome:
+        """One step; from a bucket where one serves it."""
+        bucket = self.bucket_for(plan)
+        return self._compute_eagerly(plan) if bucket is None else self._compute_static(plan, bucket)
+
+    def bucket_for(self, plan: StepPlan) -> Bucket | None:
+        """The smallest bucket that holds a plan; None where the plan asks for what static steps do not do."""
+        if not all(_is_static(item) for item in plan.items) or len(plan.items) > REQUESTS[-1]:
+            return None
+        nodes = max(item.max_tree_nodes for item in plan.items)
+        if nodes > NODES[-1] or plan.tree_budget > ROWS_PER_BUCKET[-1] or (nodes > 1 and self.drafter is None):
+            return None
+        requests = _at_least(REQUESTS, len(plan.items))
+        nodes = _at_least(NODES, nodes)
+        rows = requests if nodes == 1 else _at_least(ROWS_PER_BUCKET, max(plan.tree_budget, len(plan.items)))
+        params = [item.request.params for item in plan.items]
+        has_filters = any(not p.is_greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0) for p in params)
+        wants_taps = self.drafter is not None and any(item.request.wants_speculation for item in plan.items)
+        return Bucket(
+            num_requests=requests,
+            num_nodes=nodes,
+            num_rows=rows,
+            num_pages=self._num_pages,
+            has_noise=any(not p.is_greedy for p in params),
+            has_filters=has_filters,
+            has_taps=nodes > 1 or wants_taps,
+        )
+
+    def _step(self, bucket: Bucket) -> tuple[StaticStep, Callable[[], None]]:
+        found = self._steps.get(bucket)
+        if found is None:
+            step = StaticStep(bucket, self.target, self.drafter)
+            step.inputs.host["page_table"].fill_(self.target.scratch_slot // self.target.page_size)
+            step.inputs.upload()
+            found = self._steps[bucket] = (step, self._recorder.record(step.run))
+            self._held[bucket] = [("", 0, 0)] * bucket.num_requests
+        return found
+
+    def _compute_static(self, plan: StepPlan, bucket: Bucket) -> StepOutcome:
+        step, replay = self._step(bucket)
+        self.on_stage("draft")
+        requests = [item.request for item in plan.items]
+        if bucket.has_trees and self.drafter is not None:
+            # Behind a prompt: what waits is projected now, and from here on the steps do it.
+            self.drafter.absorb([request for request in requests if request.wants_speculation])
+        self._write(step, plan, bucket)
+        step.inputs.upload()
+        self.on_stage("verify")
+        replay()
+        self.on_stage("accept")
+        # The step's one wait for the device.
+        step.outputs.download()
+        out = step.outputs.host
+        lengths, counts = out["lengths"].tolist(), out["counts"].tolist()
+        nodes, tokens = out["nodes"].tolist(), out["token_ids"].tolist()
+        paths: list[AcceptedPath | None] = []
+        for i, request in enumerate(requests):
+            paths.append(AcceptedPath(nodes=nodes[i][: lengths[i]], token_ids=tokens[i][: lengths[i]]))
+            self._note_context(step, request, i, lengths[i], bucket)
+        self.num_static_steps += 1
+        self.on_stage("commit")
+        trees: list[DraftTree] = [_Grown(count) for count in counts[: len(requests)]]
+        return StepOutcome(trees=trees_of(step.trees)[: len(requests)] if self._is_traced() else trees, paths=paths)
+
+    def _note_context(self, step: StaticStep, request: Request, row: int, num_kept: int, bucket: Bucket) -> None:
+        """What became of the draft context of a request."""
+        if self.drafter is None or not request.wants_speculation:
+            return
+        if bucket.has_trees:
+            request.draft_len = request.num_computed + num_kept
+        elif step.fused is not None:
+            request.pending_fused.append(step.fused[row : row + 1].clone())
+
+    def _write(self, step: StaticStep, plan: StepPlan, bucket: Bucket) -> None:
+        """The host's tensors of one batch; rows of requests that are not there stand for nobody."""
+        host = step.inputs.host
+        num, max_depth = len(plan.items), self.drafter.max_depth if self.drafter is not None else 0
+        columns: dict[str, list[object]] = {name: [] for name in host if name not in ("page_table", "budget")}
+        for item in plan.items:
+            request, params = item.request, item.request.params
+            depth = min(item.max_depth, max_depth) if item.max_tree_nodes > 1 else 0
+            columns["anchor_ids"].append(request.token_ids[-1])
+            columns["context_lens"].append(request.num_computed)
+            columns["limits"].append((item.max_tree_nodes, depth, min(MAX_WIDTH, max(1, item.max_tree_nodes - 1)), 0))
+            columns["has_context"].append(int(request.wants_speculation))
+            columns["numbers"].append((as_signed(request.seed), len(request.token_ids), params.top_k, 0, 0))
+            log_min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
+            columns["factors"].append((params.temperature, params.top_p, log_min_p, 1.0, 0.0, 0.0))
+        for name, values in columns.items():
+            host[name][:num] = torch.tensor(values, dtype=host[name].dtype)
+            host[name][num:] = 0
+        host["budget"][0] = min(bucket.num_rows, max(plan.tree_budget, num))
+        self._write_pages(host["page_table"], [item.request for item in plan.items], bucket)
+
+    def _write_pages(self, table: torch.Tensor, requests: Sequence[Request], bucket: Bucket) -> None:
+        """Pages of a running request only grow, so of a row that held the same request the new ones are written."""
+        held, scratch = self._held[bucket], self.target.scratch_slot // self.target.page_size
+        for row in range(bucket.num_requests):
+            name, life, count = held[row]
+            pages: list[int] = []
+            if row < len(requests):
+                request = requests[row]
+                pages = request.pages.pages
+                if (name, life) != (request.request_id, request.num_preemptions) or count > len(pages):
+                    name, life = request.request_id, request.num_preemptions
+                    table[row, :count] = scratch
+                    count = 0
+            elif count:
+                table[row, :count] = scratch
+                name, count = "", 0
+            if len(pages) > count:
+                table[row, count : len(pages)] = torch.tensor(pages[count:], dtype=torch.int32)
+            held[row] = (name, life, len(pages))
+
+
+def serve_from_graphs(engine: Engine, *, max_len: int, recorder: Recorder) -> GraphRunner:
+    """Lets an engine's steps without prompt chunks run from recorded launches.
+
+    Args:
+        engine: whose target and draft head have a scratch page.
+        max_len: longest prompt plus output.
+        recorder: of its device.
+
+    Raises:
+        ValueError: the engine's drafter is no draft head in this process.
+    """
+    drafter = engine.drafter
+    if drafter is not None and type(drafter) is not HeadDrafter:
+        raise ValueError(f"{type(drafter).__name__}: only a draft head in this process drafts within a recorded step")
+    runner = GraphRunner(
+        engine.target,
+        drafter,
+        engine.compute_eagerly,
+        max_len=max_len,
+        recorder=recorder,
+        is_traced=lambda: engine.on_step is not None,
+    )
+    runner.on_stage = lambda stage: engine.on_stage(stage)
+    engine.compute = runner.compute
+    return runner
+
+
+class _Grown(DraftTree):
+    """A tree that stayed on the device: its size alone is known."""
+
+    def __init__(self, num_nodes: int):
+        super().__init__(token_ids=[], parents=[], depths=[], scores=[])
+        object.__setattr__(self, "_num_nodes", num_nodes)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes, the root included."""
+        count: int = self.__dict__["_num_nodes"]
+        return count
+
+
+def _is_static(item: ScheduledRequest) -> bool:
+    """A single token or a tree, of a request that asks for nothing that the host must compute."""
+    request, params = item.request, item.request.params
+    has_barred = params.min_tokens > request.num_output
+    changes = has_penalties(params) or bool(params.logit_bias) or has_barred
+    return (
+        item.num_rows == 1
+        and item.is_last
+        and params.logprobs is None
+        and not wants_prompt_logprobs(item)
+        and not changes
+    )
+
+
+def _at_least(sizes: Sequence[int], value: int) -> int:
+    return sizes[min(bisect_left(sizes, value), len(sizes) - 1)]

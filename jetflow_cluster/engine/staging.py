@@ -1,0 +1,51 @@
+"""Small tensors that go to a device, or come from it, in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+#: Shape and dtype by name.
+Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+_ALIGNMENT = 16
+
+
+class Staging:
+    """Named tensors in one buffer on the device and one, pinned where the device is another, on the host.
+
+    The views of both are made once and written in place, so that whoever holds them sees every later value.
+    """
+
+    def __init__(self, fields: Fields, device: torch.device):
+        starts, size = {}, 0
+        for name, (shape, dtype) in fields.items():
+            starts[name] = size
+            num_bytes = torch.Size(shape).numel() * dtype.itemsize
+            size += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(size, dtype=torch.uint8, device=device)
+        #: Tensors on the host.
+        self.host = {name: _view(self._host, starts[name], *field) for name, field in fields.items()}
+        #: Tensors on the device.
+        self.device = {name: _view(self._device, starts[name], *field) for name, field in fields.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """On the device, and the same on the host."""
+        return self._device.numel()
+
+    def upload(self) -> None:
+        """Queues the copy to the device; the host's tensors may be written again once it is done."""
+        self._device.copy_(self._host, non_blocking=True)
+
+    def download(self) -> None:
+        """Copies from the device and waits for it, and so for all that was queued before."""
+        self._host.copy_(self._device, non_blocking=True)
+        if self._device.is_cuda:
+            torch.cuda.current_stream(self._device.device).synchronize()
+
+
+def _view(buffer: torch.Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    return buffer[start : start + num_bytes].view(dtype).view(shape)

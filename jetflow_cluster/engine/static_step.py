@@ -1,0 +1,299 @@
+"""One step over decoding requests on tensors of fixed sizes: draft, build, verify, accept, commit, without the host.
+
+What changes from step to step is read from inputs and written to outputs; everything else was decided when the step was
+made. So the same sequence of launches serves every batch that fits its bucket, and a device may record it.
+Rows and requests that a batch lacks write to the scratch page, and nobody reads what they compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from jetflow_cluster.config import MAX_WIDTH
+from jetflow_cluster.engine.draft_runner import HeadDrafter
+from jetflow_cluster.engine.staging import Fields, Staging
+from jetflow_cluster.engine.target_runner import TargetRunner
+from jetflow_cluster.models.batch import ForwardBatch
+from jetflow_cluster.tree.device_tables import DraftNoise, device_tables
+from jetflow_kernels.accept_tree import SamplingTable, VerifiedTrees, WalkBuffers, accept_tree, commit_slots
+from jetflow_kernels.build_tree import Candidates, RowLayout, TreeBuffers, TreeLimits, build_tree, lay_out_rows
+from jetflow_kernels.commit_kv import commit_kv
+from jetflow_kernels.tree_attention import HeadLayout, block_attention, tree_rows_attention
+from jetflow_kernels.tree_attention.metadata import ALL, CHAIN
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Sizes and kinds of the steps that one sequence of launches serves."""
+
+    num_requests: int
+    #: Nodes of one tree, root included; 1 is no speculation.
+    num_nodes: int
+    #: Rows of all trees together.
+    num_rows: int
+    #: Pages of one request.
+    num_pages: int
+    #: Some request samples.
+    has_noise: bool
+    #: Some request has top-k, top-p or min-p.
+    has_filters: bool
+    #: Fused hidden vectors of the rows are wanted; always so with trees.
+    has_taps: bool
+
+    @property
+    def has_trees(self) -> bool:
+        """The draft head runs."""
+        return self.num_nodes > 1
+
+
+def input_fields(bucket: Bucket) -> Fields:
+    """What the host writes before each step; see `StaticStep`."""
+    requests = bucket.num_requests
+    return {
+        "anchor_ids": ((requests,), torch.int64),
+        "context_lens": ((requests,), torch.int32),
+        "limits": ((requests, 4), torch.int32),
+        "budget": ((1,), torch.int32),
+        "has_context": ((requests,), torch.int32),
+        "page_table": ((requests, bucket.num_pages), torch.int32),
+        "numbers": ((requests, 5), torch.int64),
+        "factors": ((requests, 6), torch.float64),
+    }
+
+
+class StaticStep:
+    """The launches of one bucket.
+
+    Inputs by name: ``anchor_ids``, the last committed tokens; ``context_lens``, tokens in the cache (0 for requests
+    that are not there); ``limits`` and ``budget``, as `TreeLimits` has them, where most nodes are 0 for such requests;
+    ``has_context``, 1 for requests whose draft context is to be kept; ``page_table``, the scratch page where there is
+    no page; ``numbers`` and ``factors``, as `SamplingTable` has them.
+
+    Outputs by name: ``nodes``, ``token_ids`` and ``lengths``, as `WalkBuffers` has them; ``counts``, the trees' nodes.
+    """
+
+    def __init__(self, bucket: Bucket, target: TargetRunner, drafter: HeadDrafter | None):
+        if bucket.has_trees and drafter is None:
+            raise ValueError(f"{bucket}: trees need a draft head")
+        self.bucket, self.target, self.drafter = bucket, target, drafter
+        device = target.device
+        self.inputs = Staging(input_fields(bucket), device)
+        depth = drafter.max_depth if drafter is not None and bucket.has_trees else 1
+        num_levels = depth + 1 if bucket.has_trees else 1
+        fields: Fields = {
+            "nodes": ((bucket.num_requests, num_levels), torch.int32),
+            "token_ids": ((bucket.num_requests, num_levels), torch.int32),
+            "lengths": ((bucket.num_requests,), torch.int32),
+            "counts": ((bucket.num_requests,), torch.int32),
+        }
+        self.outputs = Staging(fields, device)
+        #: Fused hidden vectors of the roots where there are no trees, ``[num_requests, hidden_size]``, in the order of
+        #: the requests.
+        self.fused: torch.Tensor | None = None
+        self._page_size = target.page_size
+        self._pad_slot = target.scratch_slot
+        config = target.model.config
+        heads = _head_layout(target.kv, config.num_heads // (config.num_kv_heads // target.kv.shape[4]))
+        tile_rows = heads.tile_rows(bucket.num_nodes)
+        width = min(MAX_WIDTH, config.vocab_size)
+        is_conditional = drafter is not None and drafter.sidecar is not None and depth > 1
+        self._width, self._depth = width, depth
+        #: As the last step left them.
+        self.trees = TreeBuffers.allocate(
+            num_requests=bucket.num_requests,
+            num_nodes=bucket.num_nodes,
+            num_rows=bucket.num_rows,
+            num_depths=depth,
+            width=width,
+            is_conditional=is_conditional,
+            device=device,
+        )
+        num_parents = width if is_conditional else 1
+        self._no_candidates = Candidates(
+            ids=torch.zeros(bucket.num_requests, depth, width, dtype=torch.int64, device=device),
+            scores=torch.zeros(bucket.num_requests, depth, num_parents, width, dtype=torch.int32, device=device),
+        )
+        self._layout = RowLayout.allocate(
+            num_requests=bucket.num_requests,
+            num_nodes=bucket.num_nodes,
+            num_rows=bucket.num_rows,
+            tile_rows=tile_rows,
+            device=device,
+        )
+        self._tile_rows = tile_rows
+        inputs = self.inputs.device
+        self._attention = tree_rows_attention(
+            heads,
+            num_nodes=bucket.num_nodes,
+            page_table=inputs["page_table"],
+            page_size=self._page_size,
+            tiles=self._layout.tiles,
+            requests=self._layout.requests,
+            ancestor_bits=self._layout.ancestor_bits,
+        )
+        walk = WalkBuffers.allocate(
+            num_requests=bucket.num_requests,
+            num_levels=num_levels,
+            num_rows=bucket.num_rows,
+            vocab_size=config.vocab_size,
+            is_processed=bucket.has_filters,
+            device=device,
+        )
+        self._walk = WalkBuffers(
+            **vars(walk) | {name: self.outputs.device[name] for name in fields if name != "counts"}
+        )
+        self._table = self._sampling_table() if bucket.has_noise else None
+        slots = (bucket.num_requests, num_levels)
+        self._source_slots, self._target_slots = (
+            torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2)
+        )
+        self._levels = torch.arange(num_levels, device=device)
+        if bucket.has_trees:
+            self._prepare_blocks()
+
+    def run(self) -> None:
+        """All launches, in order. Reads and writes nothing but tensors of fixed sizes on the device."""
+        with torch.inference_mode():
+            candidates = self._draft() if self.bucket.has_trees else self._no_candidates
+            self._build(candidates)
+            logits, taps = self._verify()
+            self._accept(logits)
+            self._commit(taps)
+
+    def _sampling_table(self) -> SamplingTable:
+        inputs, requests = self.inputs.device, self.bucket.num_requests
+        table = SamplingTable.allocate(
+            num_requests=requests,
+            num_changed=0,
+            num_barred=0,
+            has_changes=False,
+            has_filters=self.bucket.has_filters,
+            device=self.target.device,
+        )
+        return SamplingTable(**vars(table) | {"numbers": inputs["numbers"], "factors": inputs["factors"]})
+
+    def _prepare_blocks(self) -> None:
+        """Tensors of the head's input that never change, or are written in place."""
+        assert self.drafter is not None
+        config, device = self.drafter.head.config, self.target.device
+        requests, num_slots = self.bucket.num_requests, config.block_size
+        self._block_ids = torch.full((requests, num_slots), config.mask_token_id, dtype=torch.int64, device=device)
+        self._block_steps = torch.arange(num_slots, device=device)
+        self._block_attention = block_attention(
+            _head_layout(self.drafter.kv, config.num_heads // (config.num_kv_heads // self.drafter.kv.shape[4])),
+            num_requests=requests,
+            rows_per_request=num_slots,
+            page_table=self.inputs.device["page_table"],
+            page_size=self._page_size,
+            mode=CHAIN if config.causal else ALL,
+        )
+
+    def _slots(self, positions: torch.Tensor, is_kept: torch.Tensor) -> torch.Tensor:
+        """Slots of positions int64 ``[R, n]``; the scratch slot where nothing is kept."""
+        pages = self.inputs.device["page_table"].long().gather(1, positions // self._page_size)
+        return torch.where(is_kept, pages * self._page_size + positions % self._page_size, self._pad_slot)
+
+    def _draft(self) -> Candidates:
+        assert self.drafter is not None
+        inputs, drafter = self.inputs.device, self.drafter
+        self._block_ids[:, 0].copy_(inputs["anchor_ids"])
+        context = inputs["context_lens"]
+        self._block_attention.metadata.requests[:, 2].copy_(context)
+        positions = context.long()[:, None] + self._block_steps
+        slots = self._slots(positions, (inputs["has_context"] > 0)[:, None])
+        batch = ForwardBatch(
+            token_ids=self._block_ids.view(-1),
+            positions=positions.flatten(),
+            slot_mapping=slots.flatten(),
+            attention=self._block_attention,
+        )
+        embeds = self.target.model.embed(batch.token_ids).to(drafter.head.dtype)
+        hidden = drafter.head.forward(embeds, batch, drafter.kv).to(self.target.model.dtype)
+        rows = hidden.view(*self._block_ids.shape, -1)[:, 1:].flatten(0, 1)
+        logits = self.target.model.compute_logits(rows).view(self.bucket.num_requests, self._depth, -1)
+        noise = None
+        if self.bucket.has_noise:
+            noise = DraftNoise(
+                temperatures=inputs["factors"][:, 0], seeds=inputs["numbers"][:, 0], anchor_positions=context.long()
+            )
+        sidecar = drafter.sidecar
+        ids, scores = device_tables(
+            logits,
+            self._width,
+            noise,
+            sidecar.correction if sidecar is not None else None,
+            sidecar.config.sharpness if sidecar is not None else 1.0,
+        )
+        return Candidates(ids=ids.contiguous(), scores=scores.contiguous())
+
+    def _build(self, candidates: Candidates) -> None:
+        inputs = self.inputs.device
+        limits = TreeLimits(anchor_ids=inputs["anchor_ids"], requests=inputs["limits"], budget=inputs["budget"])
+        build_tree(candidates, limits, self.trees)
+        self.outputs.device["counts"].copy_(self.trees.counts)
+        lay_out_rows(
+            self.trees,
+            self._layout,
+            context_lens=inputs["context_lens"],
+            page_table=inputs["page_table"],
+            page_size=self._page_size,
+            pad_slot=self._pad_slot,
+            tile_rows=self._tile_rows,
+        )
+
+    def _verify(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch = ForwardBatch(
+            token_ids=self._layout.token_ids,
+            positions=self._layout.positions,
+            slot_mapping=self._layout.slot_mapping,
+            attention=self._attention,
+        )
+        reads_taps = self.drafter is not None and (self.bucket.has_trees or self.bucket.has_taps)
+        tap_ids = self.drafter.tap_layer_ids if self.drafter is not None and reads_taps else ()
+        hidden, taps = self.target.model.forward(batch, self.target.kv, tap_ids)
+        return self.target.model.compute_logits(hidden), taps
+
+    def _accept(self, logits: torch.Tensor) -> None:
+        trees = self.trees
+        verified = VerifiedTrees(
+            token_ids=trees.token_ids,
+            parents=trees.parents,
+            counts=trees.counts,
+            first_rows=trees.row_start,
+            logits=logits,
+        )
+        accept_tree(verified, self._table, self._walk)
+
+    def _commit(self, taps: torch.Tensor | None) -> None:
+        """Moves the paths' K and V behind the contexts, and their taps into the draft context."""
+        inputs = self.inputs.device
+        if not self.bucket.has_trees:
+            if taps is not None:
+                assert self.drafter is not None
+                self.fused = self.drafter.fuse(taps[: self.bucket.num_requests])
+            return
+        assert taps is not None
+        assert self.drafter is not None
+        commit_slots(
+            self._walk,
+            self._source_slots,
+            self._target_slots,
+            context_lens=inputs["context_lens"],
+            page_table=inputs["page_table"],
+            page_size=self._page_size,
+        )
+        commit_kv(self.target.kv, self._source_slots, self._target_slots)
+        is_kept = (self._levels < self._walk.lengths[:, None]) & (inputs["has_context"] > 0)[:, None]
+        nodes = torch.where(is_kept, self._walk.nodes, 0) + self.trees.row_start[:-1, None]
+        rows = torch.where(is_kept, nodes, 0).flatten()
+        positions = inputs["context_lens"].long()[:, None] + self._levels
+        slots = self._slots(torch.where(is_kept, positions, 0), is_kept)
+        self.drafter.head.project_context(
+            self.drafter.fuse(taps.index_select(0, rows)), positions.flatten(), slots.flatten(), self.drafter.kv
+        )
+
+
+def _head_layout(kv: torch.Tensor, num_heads: int) -> HeadLayout:
+    return HeadLayout(dtype=kv.dtype, num_heads=num_heads, num_kv_heads=kv.shape[4], head_dim=kv.shape[5])

@@ -1,0 +1,68 @@
+"""What only a GPU can show of the step: replays, and what memory holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
+from jetflow_cluster.config import EngineConfig
+from jetflow_cluster.engine.graph_runner import GraphRunner
+from jetflow_cluster.engine.planned_memory import plan_memory
+from jetflow_cluster.types import RequestOutput
+
+PROMPTS = [
+    "def quicksort(items):",
+    "class Stack:\n    def __init__(self):",
+    "import os\nimport sys\n",
+    "for i in range(",
+]
+OPTIONS = {"context_lookup": False, "tree_nodes": {1: 24, 4: 16}, "num_pages": 400, "max_model_len": 512}
+
+
+def params_of(temperature: float, mode: str = "auto", num: int = 4, max_tokens: int = 48) -> list[SamplingParams]:
+    speculation = SpeculationOptions(mode=mode)
+    return [
+        SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=i, speculation=speculation)
+        for i in range(num)
+    ]
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("mode", ["auto", "force", "off"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_replayed_steps_give_the_tokens_of_eager_ones(dtype: str, temperature: float, mode: str) -> None:
+    given = OPTIONS | {"device": "cuda", "dtype": dtype, "draft_dtype": dtype}
+    eager = LLM(cuda_graphs=False, **given)
+    graphed = LLM(**given)
+    params = params_of(temperature, mode)
+    expected = tokens_of(eager.generate(PROMPTS, params))
+    found = tokens_of(graphed.generate(PROMPTS, params))
+    runner = graphed.engine.compute.__self__
+    assert isinstance(runner, GraphRunner)
+    assert runner.num_static_steps > 5
+    assert found == expected
+    # The same graphs again, for other requests.
+    again = [PROMPTS[i] for i in (2, 0)]
+    assert tokens_of(graphed.generate(again, params[:2])) == tokens_of(eager.generate(again, params[:2]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_what_was_planned(dtype: str) -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    given = OPTIONS | {"device": "cuda", "dtype": dtype}
+    plan = plan_memory(EngineConfig(**{k: v for k, v in given.items() if k != "tree_nodes"}))
+    llm = LLM(**given)
+    lines = {line.name: line.num_bytes for line in plan.lines()}
+    held = ("embedding", "lm_head", "target", "draft head", "side-car", "KV pages", "draft KV pages")
+    loaded = torch.cuda.memory_allocated() - before
+    # The allocator rounds every tensor up to 512 bytes.
+    assert sum(lines.get(name, 0) for name in held) == pytest.approx(loaded, rel=0.02)
+    llm.generate(PROMPTS, params_of(0.0))
+    assert torch.cuda.max_memory_allocated() - before <= plan.total_bytes

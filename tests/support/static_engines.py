@@ -1,0 +1,23 @@
+"""Engines whose steps run on static buffers."""
+
+from __future__ import annotations
+
+from jetflow_cluster import LLM
+from jetflow_cluster.engine.draft_runner import HeadDrafter
+from jetflow_cluster.engine.graph_runner import Executing, GraphRunner, Recorder, serve_from_graphs
+from jetflow_cluster.engine.target_runner import TargetRunner
+
+
+def make_static(llm: LLM, recorder: Recorder | None = None, *, max_len: int = 64) -> GraphRunner:
+    """The same engine on buffers with a scratch page; every slot that nobody wrote is NaN."""
+    engine, drafter = llm.engine, llm.engine.drafter
+    assert isinstance(drafter, HeadDrafter)
+    num_pages = engine.pool.num_pages
+    model, page_size = engine.target.model, engine.target.page_size
+    engine.target = TargetRunner(model, num_pages=num_pages, page_size=page_size, num_scratch_pages=1)
+    engine.drafter = HeadDrafter(
+        drafter.head, drafter.sidecar, model, num_pages=num_pages, page_size=page_size, num_scratch_pages=1
+    )
+    for kv in (engine.target.kv, engine.drafter.kv):
+        kv.fill_(float("nan"))
+    return serve_from_graphs(engine, max_len=max_len, recorder=recorder or Executing())
