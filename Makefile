@@ -45,6 +45,7 @@ endif
 demo: $(STAMP) ## Complete held-out code with and without speculation, then served, with a shard killed; out/demo
 	$(RUN)/jetflow demo --output $(OUT)/demo
 	$(RUN)/jetflow demo --served --output $(OUT)/demo/served
+	$(RUN)/jetflow demo --scaled --output $(OUT)/demo/scaled
 
 serve: $(STAMP) ## Serve the embedded model over gRPC on port 9000 until Ctrl-C
 	$(RUN)/jetflow serve
