@@ -58,7 +58,7 @@ def build_batch(plan: StepPlan, trees: Sequence[DraftTree], page_size: int, devi
     for item, tree in zip(plan.items, trees, strict=True):
         request, context = item.request, item.request.num_computed
         first = len(token_ids)
-        if item.num_rows == 1:
+        if item.num_rows == 1 and item.is_last:
             num_rows = tree.num_nodes
             token_ids += tree.token_ids
             positions += [context + depth for depth in tree.depths]

@@ -124,3 +124,17 @@ def test_warm_up_ends_where_the_pool_holds_few_requests(tiny_target: str, tiny_h
     small = LLM(tiny_target, tiny_head, dtype="float64", num_pages=num_pages, page_size=16)
     (output,) = small.generate([1, 2, 3], _params(max_tokens=4))
     assert output.usage.completion_tokens == 4
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+@pytest.mark.parametrize("mode", ["off", "force"])
+def test_chunks_of_one_row_are_of_the_prompt(tiny_target: str, tiny_head: str, chunk: int, mode: str) -> None:
+    """A chunk of a single row that is not the prompt's last is no tree."""
+    prompts = [[3 * i + j for j in range(length)] for i, length in enumerate((1, 2, 3, 6, 11))]
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, speculation=SpeculationOptions(mode=mode))
+    options = {"dtype": "float64", "num_pages": 64, "page_size": 8, "tree_nodes": {1: 4}, "enable_prefix_cache": False}
+    found, whole = (
+        LLM(tiny_target, tiny_head, max_prompt_chunk=rows, **options).generate(prompts, params)
+        for rows in (chunk, None)
+    )
+    assert [output.token_ids for output in found] == [output.token_ids for output in whole]

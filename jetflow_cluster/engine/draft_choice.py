@@ -1,0 +1,126 @@
+"""Whether to draft, for how many requests, how deep: before any score is known, from expected gains and costs.
+
+Drafting m of R requests, d tokens deep and with k nodes each, is expected to give
+
+    ``(R + sum over the m best of worth * gain[k, d]) / cost(R + m (k - 1) rows, m (d + 1) rows of the head)``
+
+tokens per second; the best of all (m, k, d) is taken and compared with ``R / cost(R)``. Which nodes are then verified
+is decided by the scores and the price (`jetflow_cluster.tree.build`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jetflow_cluster.engine.cost_model import CostModel
+
+#: Tree sizes that are weighed, roots included.
+NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+#: Accepted tokens that a good head reaches with each of them: what a probe hopes for.
+HOPED = tuple(0.6 * np.log2(n) for n in NODES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gains:
+    """Accepted tokens of one request by tree size and depth."""
+
+    #: float64 ``[len(NODES), D]``, column d - 1 for trees at most d deep; the last column for trees of any depth.
+    accepted: np.ndarray
+    #: Factor of requests that sample.
+    sampled_share: float = 0.6
+
+    def hoped(self) -> Gains:
+        """At least what a good head reaches."""
+        depths = np.arange(1, self.accepted.shape[1] + 1)
+        hoped = np.minimum(np.array(HOPED)[:, None], 0.8 * depths)
+        return Gains(accepted=np.maximum(self.accepted, hoped), sampled_share=max(self.sampled_share, 0.6))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """The load of a step, as far as the choice depends on it."""
+
+    #: Requests that decode, and the tokens of their prefixes together.
+    num_requests: int
+    num_context_tokens: int
+    #: Rows beneath the trees: prompts.
+    num_prompt_rows: int
+    #: Most nodes of one tree.
+    max_nodes: int
+    #: Slots of the head's block, where it cannot be cut shorter; None where it can.
+    num_block_slots: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What to draft."""
+
+    #: Requests that draft, the worthiest first; 0 is none.
+    num_drafted: int
+    #: Nodes of a tree, and its depth.
+    num_nodes: int
+    depth: int
+    #: Expected tokens per second over those of not drafting.
+    ratio: float
+    #: Expected tokens per second.
+    tokens_per_s: float
+
+
+def choose(
+    cost: CostModel, gains: Gains, worths: np.ndarray, situation: Situation, *, only_all: bool = False
+) -> Choice:
+    """The best of all members of the choice.
+
+    Args:
+        cost: of a step.
+        gains: of a request of worth 1.
+        worths: of the requests that may draft, falling, float64 ``[A]``.
+        situation: the rest of the load.
+        only_all: weigh drafting for all of them or none.
+    """
+    num = situation.num_requests
+    accepted = gains.accepted
+    sizes = np.array([n for n in NODES if n <= situation.max_nodes] or [2])
+    depths = np.arange(1, accepted.shape[1] + 1)
+    counts = np.array([len(worths)]) if only_all else _counts(len(worths))
+    gain = np.cumsum(worths)[counts - 1][:, None, None] * accepted[None, : len(sizes)]
+    # Shape [m, k, 1], and [m, 1, d] for the head.
+    nodes = (counts[:, None] * (sizes - 1))[:, :, None]
+    slots = depths + 1 if situation.num_block_slots is None else np.full(len(depths), situation.num_block_slots)
+    beneath = num + cost.prompt_share * situation.num_prompt_rows
+    mean_context = situation.num_context_tokens / max(num, 1)
+    plain_s = cost.rows_s(num) + cost.request_s * num + cost.context_s * situation.num_context_tokens
+    trees_s = cost.rows_s(beneath + nodes) - cost.rows_s(beneath) + cost.tree_s + cost.node_s * nodes
+    head_s = cost.drafting_s(counts[:, None] * slots, counts[:, None] * mean_context)[:, None, :]
+    rates = (num + gain) / (plain_s + trees_s + head_s)
+    m, k, d = np.unravel_index(int(rates.argmax()), rates.shape)
+    return Choice(
+        num_drafted=int(counts[m]),
+        num_nodes=int(sizes[k]),
+        depth=int(depths[d]),
+        ratio=float(rates[m, k, d] * plain_s / max(num, 1)),
+        tokens_per_s=float(rates[m, k, d]),
+    )
+
+
+def _counts(num: int) -> np.ndarray:
+    """1, 2, 4 and so on, and all."""
+    return np.unique([*(2**i for i in range(num.bit_length())), num])
+
+
+def num_cohorts(cost: CostModel, *, num_requests: int, num_nodes: int, depth: int, num_context_tokens: int) -> int:
+    """How many cohorts of requests should be in flight with dedicated draft workers: 2 where one half may be drafted
+    while the other is verified and that is measured to be faster, ``2 max(Tv(B/2), Td(B/2)) < Tv(B) + Td(B)``. In the
+    memory-bound range, where half a batch takes nearly as long as a whole one, it is not.
+    """
+
+    def times(num: float) -> tuple[float, float]:
+        context = num_context_tokens * num / max(num_requests, 1)
+        verify = float(cost.rows_s(num * num_nodes)) + cost.request_s * num + cost.context_s * context
+        return verify + cost.tree_s, float(cost.drafting_s(num * (depth + 1), context))
+
+    if num_requests < 2:
+        return 1
+    return 2 if 2 * max(times(num_requests / 2)) < sum(times(num_requests)) else 1
