@@ -37,4 +37,4 @@ def test_warm_up_measures_a_table_and_leaves_nothing(
     llm.engine.lookup = None
     (output,) = llm.generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
     assert output.speculation.num_draft_nodes == 0
-    assert llm.stats().speculation_reason == "head"
+    assert llm.stats().speculation_reason in ("head", "load")
