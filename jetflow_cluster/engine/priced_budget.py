@@ -171,14 +171,9 @@ class PricedBudget:
             num_draft_context_tokens=context if self._num_draft_rows else 0,
             num_prompt_rows=sum(item.num_rows for item in plan.items) - len(decoding),
         )
-        before_s = self.cost.step_s(shape)
         self._tracker.observe(shape, took_s)
         if grown:
             self._learn(plan, trees, paths, grown)
-            if not self.is_on and self._drafting:
-                plain_s = self.cost.step_s(replace(shape, num_rows=len(decoding), num_draft_rows=0))
-                num_won = sum(path.num_accepted for i in grown if (path := paths[i]) is not None)
-                self.prober.pay(before_s - plain_s * (1.0 + num_won / max(len(decoding), 1)))
 
     def _learn(
         self,
@@ -257,7 +252,7 @@ class PricedBudget:
         if self.is_on:
             worths = sorted(((self._worth(r, self.gains), r) for r in able), key=lambda pair: -pair[0])
             drafting = [r for _, r in worths[: choice.num_drafted]] if len(able) > choice.num_drafted else able
-            if able and len(able) < len(load.requests) and not drafting:
+            if not able:
                 self.reason = "context"
         elif self.reason == "head":
             # Their contexts are kept from here on, for as long as the probe takes.

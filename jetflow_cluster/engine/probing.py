@@ -33,10 +33,6 @@ class Prober:
         """A step went by."""
         self._credit_s = min(self._credit_s + PROBE_SHARE * took_s, _MOST_CREDIT_S)
 
-    def pay(self, cost_s: float) -> None:
-        """What a probe took over not probing; negative where it gained."""
-        self._credit_s = min(self._credit_s - cost_s, _MOST_CREDIT_S)
-
     def stop(self) -> None:
         """Ends a probe that runs."""
         self._probed = []
@@ -46,7 +42,7 @@ class Prober:
 
         Args:
             requests: those that might be.
-            price_s: what a probe is expected to take.
+            price_s: what a probe is expected to take, contexts included; paid as one begins.
         """
         running = {id(request) for request in requests}
         self._probed = [request for request in self._probed if id(request) in running]
@@ -57,7 +53,9 @@ class Prober:
             able = [request for request in requests if request.room > _NUM_CONTEXT_TOKENS]
             self._probed = sorted(able, key=lambda request: -request.room)[:_NUM_REQUESTS]
             self._num_steps = self._num_drafted = 0
-            self.num_probes += bool(self._probed)
+            if self._probed:
+                self.num_probes += 1
+                self._credit_s -= price_s
         self._num_steps += bool(self._probed)
         return self._probed
 
