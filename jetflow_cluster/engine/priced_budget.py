@@ -46,7 +46,7 @@ _MOST_NODES = 64
 _LOOKUP_SHARE = 4
 #: Tokens that the level of all requests' gains counts for before anything is known, and its decay per drafted step.
 _LEVEL_PRIOR, _LEVEL_FADE = 12.0, 0.98
-#: Seconds between two lines of the log.
+#: Seconds between two lines of the log about the same.
 _LOG_EVERY_S = 60.0
 #: What the reasons mean, in the log.
 REASONS = {
@@ -101,8 +101,7 @@ class PricedBudget:
         self._num_draft_rows = 0
         self._seen: tuple[int, ...] = ()
         self._num_steps = 0
-        self._logged_s = -math.inf
-        self._logged_reason = ""
+        self._logged_s: dict[str, float] = {}
 
     @property
     def cost(self) -> CostModel:
@@ -237,8 +236,9 @@ class PricedBudget:
         emit."""
         kind = _kind(request)
         worth = gains.sampled_share if kind else 1.0
-        if not is_hope:
-            worth *= self.level(kind) * request.worth.value
+        if is_hope:
+            return worth
+        worth *= self.level(kind) * request.worth.value
         worth *= math.exp(LATENCY_BIAS[LatencyClass(request.params.speculation.latency_class)] / SCORE_UNIT)
         most = float(gains.accepted.max())
         return worth * min(1.0, (request.room - 1) / most) if most > 0 else 0.0
@@ -299,14 +299,14 @@ class PricedBudget:
         )
 
     def _tell(self, reason: str, choice: Choice) -> None:
-        """One line of the log where the reason is another one, and no more than one in a while."""
+        """One line of the log where the reason is another one, and no more than one of each in a while."""
         if reason == self.reason:
             return
         self.reason = reason
         now = time.monotonic()
-        if reason == self._logged_reason or (reason != "head" and now - self._logged_s < _LOG_EVERY_S):
+        if now - self._logged_s.get(reason, -math.inf) < _LOG_EVERY_S:
             return
-        self._logged_s, self._logged_reason = now, reason
+        self._logged_s[reason] = now
         levels = f"{self.level(0):.2f} greedy, {self.level(1):.2f} sampled"
         message = "speculation is %s (%s): at best %.2f times the tokens per second of none; gains at %s of warm-up's"
         level = logging.WARNING if reason == "head" else logging.INFO

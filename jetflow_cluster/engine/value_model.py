@@ -27,8 +27,9 @@ BOUNDS = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.
 #: Distance of the map's knots, as a shift of fixed-point scores: 1/8 nat. Behind the last knot the slope is 1.
 KNOT_SHIFT = 13
 NUM_KNOTS = 129
-#: Observations that the head's own probabilities count for in each range.
+#: Observations that the head's own probabilities count for in each range, and right guesses at each depth.
 PRIOR_WEIGHT = 24.0
+_RATIO_WEIGHT = 6.0
 #: What is left of the counts when the maps are made anew.
 FADE = 0.98
 #: Steps with observations between two makings.
@@ -149,11 +150,14 @@ class ValueModel:
         return found
 
     def _map(self, kind: int, depth: int) -> np.ndarray:
-        """One row of `maps`: shares of right guesses, drawn towards what the head said, made monotone."""
+        """One row of `maps`: shares of right guesses, made monotone. Each range is drawn towards what the head said
+        there, times how far it was right at this depth in all."""
         seen, right, said = (counts[kind, depth] for counts in (self._seen, self._right, self._said))
         middles = np.exp(-np.concatenate((BOUNDS[:1] / 2, (BOUNDS[1:] + BOUNDS[:-1]) / 2, BOUNDS[-1:] + 1.0)))
         own = np.where(seen > 0.5, said / np.maximum(seen, 1e-9), middles)
-        shares = _falling((right + PRIOR_WEIGHT * own) / (seen + PRIOR_WEIGHT), seen + PRIOR_WEIGHT)
+        ratio = (right.sum() + _RATIO_WEIGHT) / (said.sum() + _RATIO_WEIGHT)
+        prior = np.minimum(own * ratio, 1.0)
+        shares = _falling((right + PRIOR_WEIGHT * prior) / (seen + PRIOR_WEIGHT), seen + PRIOR_WEIGHT)
         x, y = -np.log(own), -np.log(np.clip(shares, 1e-6, 1.0))
         x = np.maximum.accumulate(x + np.arange(len(x)) * 1e-9)
         knots = np.arange(NUM_KNOTS) / 8.0
