@@ -128,18 +128,19 @@ def run(llm: LLM, budget: PricedBudget, count: int, num_tokens: int = 200) -> No
     llm.generate([[3 * i + 1, 5, 7] for i in range(count)], params)
 
 
+@pytest.mark.slow
 def test_a_useless_head_costs_its_share_and_one_line(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
     """The head is random, and its gains were overrated: that is found out, said once, and tried again now and then."""
     budget = Clocked(COST, gains(0.6))
     with caplog.at_level(logging.INFO, "jetflow_cluster.engine.priced_budget"):
-        for _ in range(8):
-            run(llm, budget, 4)
+        for _ in range(4):
+            run(llm, budget, 2)
     assert budget.reason == "head"
     assert llm.stats().speculation_reason == "head"
     assert sum("guesses are worth too little" in r.message for r in caplog.records) == 1
     learned_s, learned_at = budget.extra_s, budget.virtual_s
-    for _ in range(24):
-        run(llm, budget, 4)
+    for _ in range(8):
+        run(llm, budget, 2)
     assert budget.prober.num_probes > 0
     assert budget.extra_s - learned_s <= 2.0 * PROBE_SHARE * (budget.virtual_s - learned_at) + 0.05
     assert budget.level(0) < 0.4
