@@ -321,6 +321,29 @@ bench_app.command("trace", epilog="Example:\n\n  jetflow bench trace --output tr
 bench_app.command("simulate", epilog="Example:\n\n  jetflow bench simulate --output docs")(cli_load.simulate)
 
 
+def _doctor_costs(
+    model: str | None,
+    draft_head: str | None,
+    dtype: str,
+    device: str,
+    max_model_len: int | None,
+    output: Path,
+    *,
+    as_json: bool,
+) -> None:
+    from jetflow_cluster.bench.costs import draw_costs, examine_costs, print_costs
+    from jetflow_cluster.engine.local import LLM
+
+    llm = LLM(model, draft_head, dtype=dtype, device=device, max_model_len=max_model_len)
+    report = examine_costs(llm)
+    draw_costs(report, output / "costs.png")
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        print_costs(report, stdout)
+        stdout.print(f"picture in {output / 'costs.png'}")
+
+
 @app.command()
 def doctor(
     model: opt.Model = None,
@@ -328,9 +351,16 @@ def doctor(
     dtype: opt.ComputeType = opt.DType.AUTO,
     device: opt.Device = "auto",
     max_model_len: opt.MaxModelLen = None,
+    costs: Annotated[
+        bool, typer.Option("--costs", help="Load the model and measure what its steps cost and guesses are worth.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder of the picture of --costs.")] = Path("out/costs"),
     as_json: opt.AsJson = False,
 ) -> None:
     """Tell versions, devices, the embedded model, what would run here, and what memory it would take."""
+    if costs:
+        _doctor_costs(model, draft_head, dtype.value, device, max_model_len, output, as_json=as_json)
+        return
     from jetflow_cluster.bench.doctor import examine, print_report
     from jetflow_cluster.config import EngineConfig
 

@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 _PREFIX = "JETFLOW_"
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -19,6 +20,8 @@ class Environment:
     log_level: str = "warning"
     #: ``JETFLOW_NUM_THREADS``: CPU threads of torch; None leaves torch's own choice.
     num_threads: int | None = None
+    #: ``JETFLOW_CACHE_DIR``: where measured costs are kept between runs; ``~`` is the home folder.
+    cache_dir: Path = Path("~/.cache/jetflow")
 
     def __post_init__(self) -> None:
         if self.log_level not in _LOG_LEVELS:
@@ -38,7 +41,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     """
     found = os.environ if variables is None else variables
     ours = {name: value for name, value in found.items() if name.startswith(_PREFIX)}
-    known = {"JETFLOW_LOG_LEVEL", "JETFLOW_NUM_THREADS"}
+    known = {"JETFLOW_LOG_LEVEL", "JETFLOW_NUM_THREADS", "JETFLOW_CACHE_DIR"}
     for name in sorted(ours.keys() - known):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
@@ -49,4 +52,5 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     return Environment(
         log_level=ours.get("JETFLOW_LOG_LEVEL", "warning").lower(),
         num_threads=int(threads) if threads is not None else None,
+        cache_dir=Path(ours.get("JETFLOW_CACHE_DIR") or Environment.cache_dir),
     )

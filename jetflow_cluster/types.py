@@ -34,6 +34,14 @@ class SpeculationMode(enum.StrEnum):
     FORCE = "force"
 
 
+class LatencyClass(enum.StrEnum):
+    """What a request's tokens are worth beside those of others."""
+
+    INTERACTIVE = "interactive"
+    NORMAL = "normal"
+    BATCH = "batch"
+
+
 class FinishReason(enum.StrEnum):
     """Why a request ended. ``stop`` is an end-of-text or stop token, or a stop string."""
 
@@ -53,11 +61,19 @@ class SpeculationOptions:
     max_tree_nodes: int | None = None
     #: Most tokens guessed along one path; None is no limit.
     max_depth: int | None = None
+    #: In mode ``auto``: a guess for an ``interactive`` request counts twice when it is weighed against what it costs,
+    #: so that the request gets more of the step and finishes earlier; one for a ``batch`` request counts half, so that
+    #: it speculates only where that is cheap.
+    latency_class: LatencyClass | str = LatencyClass.NORMAL
 
     def __post_init__(self) -> None:
         if self.mode not in tuple(SpeculationMode):
             raise InvalidRequestError("speculation.mode", self.mode, "must be one of auto, off, force")
         object.__setattr__(self, "mode", SpeculationMode(self.mode))
+        if self.latency_class not in tuple(LatencyClass):
+            limit = "must be one of interactive, normal, batch"
+            raise InvalidRequestError("speculation.latency_class", self.latency_class, limit)
+        object.__setattr__(self, "latency_class", LatencyClass(self.latency_class))
         _check_int("speculation.max_tree_nodes", self.max_tree_nodes, 1, 512, optional=True)
         _check_int("speculation.max_depth", self.max_depth, 1, 64, optional=True)
 
@@ -258,3 +274,16 @@ class EngineStats:
     num_generated_tokens: int
     #: Kernels compiled since the engine was ready; each one delayed a step.
     num_late_compilations: int = 0
+    #: Guessed nodes that were verified, roots not counted.
+    num_verified_nodes: int = 0
+    #: Guesses that were right, by depth; the first entry is depth 1.
+    accepted_by_depth: tuple[int, ...] = ()
+    #: Steps with at least one guessed node.
+    num_drafted_steps: int = 0
+    #: Steps in which some request might have speculated, and none did.
+    num_skipped_steps: int = 0
+    #: Tokens per second that a node must be expected to add for each second that it costs; 0 without a price.
+    speculation_price: float = 0.0
+    #: Why there is speculation, or none: ``given`` (by configuration), ``pays``, ``load``, ``head`` (its guesses are
+    #: worth too little), ``context`` (draft contexts are being rebuilt), ``idle``.
+    speculation_reason: str = "given"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from jetflow_cluster.env import Environment, read_environment
@@ -10,6 +12,7 @@ from jetflow_cluster.env import Environment, read_environment
     [
         pytest.param({}, Environment(), id="empty"),
         pytest.param({"PATH": "x", "JETFLOW_LOG_LEVEL": "DEBUG"}, Environment(log_level="debug"), id="level"),
+        pytest.param({"JETFLOW_CACHE_DIR": "x/y"}, Environment(cache_dir=Path("x/y")), id="cache"),
         pytest.param({"JETFLOW_NUM_THREADS": "3"}, Environment(num_threads=3), id="threads"),
     ],
 )

@@ -13,10 +13,10 @@ from jetflow_cluster.bench.timing import synchronize
 from jetflow_cluster.cache.page_pool import PagePool
 from jetflow_cluster.cache.page_table import PageTable
 from jetflow_cluster.cache.prefix_cache import PageKeys
+from jetflow_cluster.engine.budget import FixedBudget
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.engine import Engine
 from jetflow_cluster.engine.graph_runner import CudaGraphs, serve_from_graphs
-from jetflow_cluster.engine.protocols import FixedBudget
 from jetflow_cluster.engine.request import Request, RequestStatus
 from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner

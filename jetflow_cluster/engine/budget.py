@@ -1,20 +1,60 @@
-"""Policy: how many nodes a tree gets, from what a step costs and what its nodes were worth at warm-up.
-
-With ``a(n)`` the mean tokens that a tree of n nodes yields and ``s(r, n)`` the seconds of a whole step over r such
-trees, the table holds for each r the n with the highest ``a(n) / s(r, n)``, or 1 (no speculation) where
-``1 / s(r, 1)`` is about as high.
-"""
+"""Policies with tree sizes that are given: by the number of running requests, or one for all."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-#: A tree must promise this much over not speculating, or noise in the costs would decide.
-MIN_GAIN = 1.05
+from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, StepPlan
+from jetflow_cluster.tree.accept import AcceptedPath
+from jetflow_cluster.tree.build import CandidateTable
+from jetflow_cluster.tree.draft_tree import DraftTree
 
 
-class BudgetTable:
+class GivenBudget(ABC):
+    """The same tree size for every request of a step, at no price."""
+
+    keeps_context = True
+    reason = "given"
+    price_per_s = 0.0
+
+    @abstractmethod
+    def nodes_per_tree(self, num_decoding: int) -> int:
+        """Tree nodes, root included, that one of `num_decoding` requests gets; 1 is no speculation."""
+
+    def allow(self, load: DecodeLoad) -> list[Allowance]:
+        """See `BudgetPolicy`. The trees of a step compete for the sum of their shares, so one may outgrow its own, up
+        to twice."""
+        share = min(self.nodes_per_tree(load.num_decoding), load.fair_nodes)
+        most = 2 * share if share > 1 and load.num_decoding > 1 else share
+        return [Allowance(max_tree_nodes=most, budget_share=share)] * len(load.requests)
+
+    def price(
+        self, plan: StepPlan, tables: Sequence[CandidateTable | None]
+    ) -> tuple[StepPlan, Sequence[CandidateTable | None]]:
+        """See `BudgetPolicy`: as they are."""
+        return plan, tables
+
+    def observe(
+        self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float
+    ) -> None:
+        """See `BudgetPolicy`: nothing is learned."""
+        del plan, trees, paths, took_s
+
+
+class FixedBudget(GivenBudget):
+    """The same tree size at every load."""
+
+    def __init__(self, num_nodes: int):
+        self._num_nodes = num_nodes
+
+    def nodes_per_tree(self, num_decoding: int) -> int:
+        """The fixed number."""
+        return self._num_nodes
+
+
+class BudgetTable(GivenBudget):
     """Nodes per tree by the number of decoding requests."""
 
     def __init__(self, nodes_by_running: Mapping[int, int]):
@@ -22,26 +62,6 @@ class BudgetTable:
             raise ValueError("nodes_by_running = {}: needs at least one row")
         self.nodes_by_running = dict(sorted(nodes_by_running.items()))
         self._keys = list(self.nodes_by_running)
-
-    @classmethod
-    def from_costs(cls, step_s: Mapping[int, Mapping[int, float]], acceptance: Mapping[int, float]) -> BudgetTable:
-        """The best n for each r that was measured; no speculation where nothing was.
-
-        Noise only ever adds to a measured time, and a smaller tree costs no more than a larger one. So what a larger
-        one took is a limit for it too, and a machine that was busy for a moment does not turn speculation on.
-
-        Args:
-            step_s: ``step_s[r][n]``, seconds of a whole step over r trees of n nodes; n = 1 must be there.
-            acceptance: mean tokens per step and request with n nodes.
-        """
-        table: dict[int, int] = {}
-        for running, by_nodes in step_s.items():
-            least = {n: min(s for m, s in by_nodes.items() if m >= n) for n in by_nodes}
-            plain = 1.0 / least[1]
-            rates = {n: acceptance[n] / least[n] for n in by_nodes if n > 1 and n in acceptance}
-            best = max(rates, key=lambda n: rates[n], default=1)
-            table[running] = best if best > 1 and rates[best] > MIN_GAIN * plain else 1
-        return cls(table or {1: 1})
 
     def nodes_per_tree(self, num_decoding: int) -> int:
         """The row of the next larger measured load; behind the last one, the last one's rows shared out."""

@@ -164,9 +164,13 @@ class CostModel:
             source=self.source,
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values; `from_dict` gives an equal model."""
+        return asdict(self)
+
     def to_json(self) -> str:
         """One JSON object; `from_json` gives an equal model."""
-        return json.dumps(asdict(self))
+        return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> CostModel:

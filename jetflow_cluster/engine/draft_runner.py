@@ -56,10 +56,12 @@ class HeadDrafter:
     ):
         config = head.config
         self.head = head
+        self.config = config
         self.sidecar = sidecar
         self.tap_layer_ids = config.target_layer_ids
         self.max_depth = config.block_size - 1
         self.num_scratch_rows = config.block_size
+        self.num_block_slots = None if config.causal else config.block_size
         self.epoch = 0
         self._target = target
         self._page_size = page_size
@@ -100,13 +102,13 @@ class HeadDrafter:
 
     def draft(self, plan: StepPlan) -> list[CandidateTable | None]:
         """Tables for the items that may speculate; None for the others."""
-        chosen = [i for i, item in enumerate(plan.items) if item.max_tree_nodes > 1]
+        chosen = [i for i, item in enumerate(plan.items) if item.asks_head]
         found: list[CandidateTable | None] = [None] * len(plan.items)
         if not chosen:
             return found
         items = [plan.items[i] for i in chosen]
         self.absorb([item.request for item in items])
-        depth = min(self.max_depth, max(item.max_depth for item in items))
+        depth = min(self.max_depth, max(item.head_depth for item in items))
         made = self.tables(
             self.blocks([item.request for item in items], depth),
             depth=depth,
@@ -165,6 +167,7 @@ def take_pending(requests: Sequence[Request]) -> ContextRows | None:
             slots += request.pages.slots(start, start + count)
             request.pending_fused.clear()
             request.draft_len += count
+            assert request.draft_len == request.fused_len
     if not fused:
         return None
     return ContextRows(fused=torch.cat(fused) if len(fused) > 1 else fused[0], positions=positions, slots=slots)
@@ -202,8 +205,10 @@ def draft_blocks(
         slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
         attention=plan_tree_attention(
             query_lens=[num_slots] * len(requests),
-            context_lens=[request.draft_len for request in requests],
-            page_table=page_table_tensor([request.pages.pages for request in requests], device),
+            context_lens=[request.draft_len - request.draft_start for request in requests],
+            page_table=page_table_tensor(
+                [request.pages.pages[request.draft_start // page_size :] for request in requests], device
+            ),
             parents=torch.tensor(parents, dtype=torch.int32, device=device),
             page_size=page_size,
             bidirectional=not config.causal,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 from jetflow_cluster.cache.page_pool import PagePool
 from jetflow_cluster.cache.prefix_cache import PrefixCache
 from jetflow_cluster.engine.batch import StepBatch, build_batch, wants_prompt_logprobs
+from jetflow_cluster.engine.counters import StepCounters
 from jetflow_cluster.engine.device_parts import acceptor_for, tree_builder_for
 from jetflow_cluster.engine.lookup import ContextLookup
 from jetflow_cluster.engine.protocols import (
@@ -74,6 +76,7 @@ class Engine:
         self.on_stage: Callable[[str], None] = lambda stage: None
         self.requests: dict[str, Request] = {}
         self.num_steps = self.num_finished = self.num_generated_tokens = 0
+        self.counters = StepCounters()
         self._early: list[RequestDelta] = []
         self._draft_epoch = drafter.epoch if drafter is not None else 0
 
@@ -112,6 +115,7 @@ class Engine:
 
         An exception ends the requests of the step with reason ``error``, and only those.
         """
+        began_s = time.perf_counter()
         deltas, self._early = self._early, []
         self.on_stage("schedule")
         plan = self.scheduler.schedule()
@@ -120,6 +124,7 @@ class Engine:
         try:
             outcome = self.compute(plan)
             deltas += self._commit(plan, outcome)
+            self._learn(plan, outcome, time.perf_counter() - began_s)
         except Exception as error:
             _log.exception("step %d failed; its %d requests end", self.num_steps, len(plan.items))
             deltas += self._fail(plan, error)
@@ -131,6 +136,7 @@ class Engine:
         self.on_stage("draft")
         tables = self._draft(plan)
         self.on_stage("build")
+        plan, tables = self.scheduler.budget.price(plan, tables)
         trees = self.tree_builder(plan, tables)
         batch = build_batch(plan, trees, self.target.page_size, self.target.device)
         self.on_stage("verify")
@@ -144,6 +150,11 @@ class Engine:
             self._report_logprobs(i, item, batch, verified, path)
         return StepOutcome(trees=trees, paths=paths)
 
+    def _learn(self, plan: StepPlan, outcome: StepOutcome, took_s: float) -> None:
+        self.counters.count(plan, outcome.trees, outcome.paths)
+        if outcome.has_nodes:
+            self.scheduler.budget.observe(plan, outcome.trees, outcome.paths, took_s)
+
     def pages_with_draft_context(self) -> list[int]:
         """Pages whose draft context somebody may still read: those of running requests, and cached ones."""
         pages = {page for request in self.requests.values() for page in request.pages.pages}
@@ -154,6 +165,7 @@ class Engine:
     def reset_counters(self) -> None:
         """Forgets what was counted, as behind a warm-up."""
         self.num_steps = self.num_finished = self.num_generated_tokens = 0
+        self.counters = StepCounters()
         self.scheduler.num_preemptions = 0
 
     def stats(self) -> EngineStats:
@@ -170,6 +182,12 @@ class Engine:
             num_finished=self.num_finished,
             num_generated_tokens=self.num_generated_tokens,
             num_late_compilations=compilations.since_readiness(),
+            num_verified_nodes=self.counters.num_verified_nodes,
+            accepted_by_depth=tuple(self.counters.accepted_by_depth),
+            num_drafted_steps=self.counters.num_drafted_steps,
+            num_skipped_steps=self.counters.num_skipped_steps,
+            speculation_price=self.scheduler.budget.price_per_s,
+            speculation_reason=self.scheduler.budget.reason,
         )
 
     def _draft(self, plan: StepPlan) -> Sequence[CandidateTable | None]:
@@ -192,7 +210,7 @@ class Engine:
             self.prefix_cache.void_draft_context()
 
     def _verify(self, plan: StepPlan, batch: StepBatch) -> _Verified:
-        reads_taps = self.drafter is not None and any(item.request.wants_speculation for item in plan.items)
+        reads_taps = any(item.keeps_context for item in plan.items)
         tap_ids = self.drafter.tap_layer_ids if self.drafter is not None and reads_taps else ()
         logits, taps = self.target.verify(batch, tap_ids)
         return _Verified(logits=logits, taps=taps)
@@ -265,16 +283,16 @@ class Engine:
     def _keep_fused(
         self, plan: StepPlan, batch: StepBatch, verified: _Verified, paths: list[AcceptedPath | None]
     ) -> None:
-        """Appends the fused vectors of committed rows to the requests that may speculate."""
+        """Appends the fused vectors of committed rows to the requests whose draft context goes on."""
         if verified.taps is None or self.drafter is None:
             return
         rows: list[int] = []
         counts: list[int] = []
         for item, path, first in zip(plan.items, paths, batch.row_starts, strict=True):
             before = len(rows)
-            if item.request.wants_speculation:
+            if item.keeps_context:
                 nodes = path.nodes if path is not None and item.num_rows == 1 else range(item.num_rows)
-                rows += [first + node for node in nodes]
+                rows += [first + node for node in nodes[item.request.keep_context(len(nodes)) :]]
             counts.append(len(rows) - before)
         if not rows:
             return
@@ -316,7 +334,8 @@ class Engine:
         if num_full > request.num_cached_pages or num_drafted > request.num_draft_valid_pages:
             keys = request.keys.extend(request.token_ids[: num_full * page_size])
             for i in range(first, num_full):
-                self.prefix_cache.insert(keys[i], pages[i], draft_valid=i < num_drafted)
+                is_drafted = request.draft_start <= i * page_size and i < num_drafted
+                self.prefix_cache.insert(keys[i], pages[i], draft_valid=is_drafted)
         request.num_cached_pages, request.num_draft_valid_pages = num_full, num_drafted
 
     def _share_draft_context(self, request: Request) -> None:

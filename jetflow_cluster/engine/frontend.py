@@ -14,6 +14,7 @@ from jetflow_cluster.cache.page_table import PageTable
 from jetflow_cluster.cache.prefix_cache import PageKeys
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.budget import BudgetTable
+from jetflow_cluster.engine.cost_store import CostStore
 from jetflow_cluster.engine.detokenizer import IncrementalDetokenizer
 from jetflow_cluster.engine.engine import Engine
 from jetflow_cluster.engine.loading import DrafterFactory, LoadedEngine, load_engine
@@ -189,8 +190,16 @@ class EngineFrontend:
             prompts,
             max_running=config.max_num_requests,
             max_rows=config.max_num_batched_tokens,
+            store=self.cost_store(),
         )
         release_compute_threads()
+
+    def cost_store(self) -> CostStore:
+        """Where the measured costs of this engine's steps are kept."""
+        target, drafter, config = self.engine.target, self.engine.drafter, self.config
+        described = (target.model.config, str(target.model.dtype), type(drafter).__name__, config.draft_dtype)
+        head = getattr(drafter, "config", None)
+        return CostStore(target.device, (*described, head), tensor_parallel_size=config.tensor_parallel_size)
 
     def make_warmup_request(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> Request:
         """A request outside the limits on `max_tokens`; it is aborted or ends by the context's limit."""

@@ -112,7 +112,9 @@ class GraphRunner:
         """The smallest bucket that holds a plan; None where the plan asks for what static steps do not do."""
         if not all(_is_static(item) for item in plan.items) or len(plan.items) > REQUESTS[-1]:
             return None
-        nodes = max(item.max_tree_nodes for item in plan.items)
+        nodes = max(_num_nodes(item) for item in plan.items)
+        if nodes > 1 and not all(_has_whole_context(item) for item in plan.items):
+            return None
         if nodes > NODES[-1] or plan.tree_budget > ROWS_PER_BUCKET[-1] or (nodes > 1 and self.drafter is None):
             return None
         requests = _at_least(REQUESTS, len(plan.items))
@@ -120,7 +122,7 @@ class GraphRunner:
         rows = requests if nodes == 1 else _at_least(ROWS_PER_BUCKET, max(plan.tree_budget, len(plan.items)))
         params = [item.request.params for item in plan.items]
         has_filters = any(not p.is_greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0) for p in params)
-        wants_taps = self.drafter is not None and any(item.request.wants_speculation for item in plan.items)
+        wants_taps = self.drafter is not None and any(item.keeps_context for item in plan.items)
         return Bucket(
             num_requests=requests,
             num_nodes=nodes,
@@ -144,10 +146,9 @@ class GraphRunner:
     def _compute_static(self, plan: StepPlan, bucket: Bucket) -> StepOutcome:
         step, replay = self._step(bucket)
         self.on_stage("draft")
-        requests = [item.request for item in plan.items]
         if bucket.has_trees and self.drafter is not None:
             # Behind a prompt: what waits is projected now, and from here on the steps do it.
-            self.drafter.absorb([request for request in requests if request.wants_speculation])
+            self.drafter.absorb([item.request for item in plan.items if item.keeps_context])
         self._write(step, plan, bucket)
         step.inputs.upload()
         self.on_stage("verify")
@@ -159,21 +160,23 @@ class GraphRunner:
         lengths, counts = out["lengths"].tolist(), out["counts"].tolist()
         nodes, tokens = out["nodes"].tolist(), out["token_ids"].tolist()
         paths: list[AcceptedPath | None] = []
-        for i, request in enumerate(requests):
+        for i, item in enumerate(plan.items):
             paths.append(AcceptedPath(nodes=nodes[i][: lengths[i]], token_ids=tokens[i][: lengths[i]]))
-            self._note_context(step, request, i, lengths[i], bucket)
+            self._note_context(step, item, i, lengths[i], bucket)
         self.num_static_steps += 1
         self.on_stage("commit")
-        trees: list[DraftTree] = [_Grown(count) for count in counts[: len(requests)]]
-        return StepOutcome(trees=trees_of(step.trees)[: len(requests)] if self._is_traced() else trees, paths=paths)
+        if self._is_traced():
+            return StepOutcome(trees=trees_of(step.trees)[: len(plan.items)], paths=paths)
+        return StepOutcome(trees=[_Grown(count) for count in counts[: len(plan.items)]], paths=paths, has_nodes=False)
 
-    def _note_context(self, step: StaticStep, request: Request, row: int, num_kept: int, bucket: Bucket) -> None:
+    def _note_context(self, step: StaticStep, item: ScheduledRequest, row: int, num_kept: int, bucket: Bucket) -> None:
         """What became of the draft context of a request."""
-        if self.drafter is None or not request.wants_speculation:
+        if self.drafter is None or not item.keeps_context:
             return
+        request = item.request
         if bucket.has_trees:
-            request.draft_len = request.num_computed + num_kept
-        elif step.fused is not None:
+            request.draft_len = request.fused_len = request.num_computed + num_kept
+        elif step.fused is not None and not request.keep_context(1):
             request.pending_fused.append(step.fused[row : row + 1].clone())
 
     def _write(self, step: StaticStep, plan: StepPlan, bucket: Bucket) -> None:
@@ -183,11 +186,12 @@ class GraphRunner:
         columns: dict[str, list[object]] = {name: [] for name in host if name not in ("page_table", "budget")}
         for item in plan.items:
             request, params = item.request, item.request.params
-            depth = min(item.max_depth, max_depth) if item.max_tree_nodes > 1 else 0
+            nodes = _num_nodes(item)
+            depth = min(item.head_depth, max_depth) if nodes > 1 else 0
             columns["anchor_ids"].append(request.token_ids[-1])
             columns["context_lens"].append(request.num_computed)
-            columns["limits"].append((item.max_tree_nodes, depth, min(MAX_WIDTH, max(1, item.max_tree_nodes - 1)), 0))
-            columns["has_context"].append(int(request.wants_speculation))
+            columns["limits"].append((nodes, depth, min(MAX_WIDTH, max(1, nodes - 1)), item.bias))
+            columns["has_context"].append(int(item.keeps_context))
             columns["numbers"].append((as_signed(request.seed), len(request.token_ids), params.top_k, 0, 0))
             log_min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
             columns["factors"].append((params.temperature, params.top_p, log_min_p, 1.0, 0.0, 0.0))
@@ -271,6 +275,16 @@ def _is_static(item: ScheduledRequest) -> bool:
         and not wants_prompt_logprobs(item)
         and not changes
     )
+
+
+def _num_nodes(item: ScheduledRequest) -> int:
+    """Static trees hold what the head guesses; where it is not asked there is the root alone."""
+    return item.max_tree_nodes if item.asks_head else 1
+
+
+def _has_whole_context(item: ScheduledRequest) -> bool:
+    """A draft context that goes on is there from the first token to the anchor."""
+    return not item.keeps_context or (item.request.has_draft_context and item.request.draft_start == 0)
 
 
 def _at_least(sizes: Sequence[int], value: int) -> int:

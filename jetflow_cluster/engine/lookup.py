@@ -11,6 +11,10 @@ from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH, ContextIndex, ContextM
 
 #: From this length on a match guesses alone: the drafter would add less than its pass costs.
 SURE_MATCH = 24
+#: From this length on a match guesses where the drafter does not.
+LONE_MATCH = 6
+#: Steps between two looks at the text of a request that does not repeat itself, where the drafter does not guess.
+_PAUSE = 3
 
 
 class ContextLookup:
@@ -23,7 +27,10 @@ class ContextLookup:
         """The drafter's tables with the lookups' guesses mixed in. Requests that sample get the drafter's own: what
         their noise draws repeats little."""
         matches = [_match(item) for item in plan.items]
-        is_sure = [match is not None and match.length >= SURE_MATCH for match in matches]
+        is_sure = [
+            match is not None and match.length >= (SURE_MATCH if item.uses_head else LONE_MATCH)
+            for item, match in zip(plan.items, matches, strict=True)
+        ]
         if any(is_sure):
             asked = zip(plan.items, is_sure, strict=True)
             plan = replace(plan, items=tuple(replace(i, max_tree_nodes=1) if sure else i for i, sure in asked))
@@ -35,9 +42,14 @@ def _match(item: ScheduledRequest) -> ContextMatch | None:
     request = item.request
     if item.max_tree_nodes == 1 or not request.params.is_greedy:
         return None
+    if not item.uses_head and request.lookup_pause:
+        request.lookup_pause -= 1
+        return None
     if request.context_index is None:
         request.context_index = ContextIndex()
-    return request.context_index.match(request.token_ids, min(item.max_depth, MAX_LOOKUP_DEPTH))
+    match = request.context_index.match(request.token_ids, min(item.max_depth, MAX_LOOKUP_DEPTH))
+    request.lookup_pause = 0 if match is not None and match.length >= LONE_MATCH else _PAUSE
+    return match
 
 
 def _mixed(table: CandidateTable | None, match: ContextMatch | None, is_sure: bool) -> CandidateTable | None:

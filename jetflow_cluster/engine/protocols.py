@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.draft_tree import DraftTree
+from jetflow_cluster.types import SpeculationMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,34 @@ class ScheduledRequest:
     budget_share: int = 1
     #: Most guessed tokens along one path; 0 is no speculation.
     max_depth: int = 0
+    #: Most tokens that the head guesses along one path; None is `max_depth`. Other sources may guess deeper.
+    draft_depth: int | None = None
+    #: Whether the draft head may be asked to guess; other sources may be in any case.
+    uses_head: bool = True
+    #: Whether the draft context goes on with these rows: their hidden vectors are kept.
+    keeps_context: bool = False
+    #: Added to this request's scores where requests compete and are priced, fixed point.
+    bias: int = 0
+
+    @property
+    def head_depth(self) -> int:
+        """Most tokens that the head guesses along one path."""
+        return self.max_depth if self.draft_depth is None else min(self.max_depth, self.draft_depth)
+
+    @property
+    def is_forced(self) -> bool:
+        """True when the request speculates whatever it costs."""
+        return self.request.params.speculation.mode is SpeculationMode.FORCE
+
+    @property
+    def is_priced(self) -> bool:
+        """True for a decoding request whose tree competes at the step's price; without one it is a bare root."""
+        return self.num_rows == 1 and self.is_last and not self.is_forced
+
+    @property
+    def asks_head(self) -> bool:
+        """True when the draft head shall guess, and has the context for it."""
+        return self.max_tree_nodes > 1 and self.uses_head and self.request.has_draft_context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +68,9 @@ class StepPlan:
     items: tuple[ScheduledRequest, ...] = ()
     #: Rows that all trees of the step may use together, roots included.
     tree_budget: int = 0
+    #: int64: what the step costs with n rows in the trees that are priced, those of decoding requests which do not
+    #: force speculation; None is no price. See `jetflow_cluster.tree.build.build_trees`.
+    row_costs: np.ndarray | None = None
 
     @property
     def speculates(self) -> bool:
@@ -53,6 +86,8 @@ class StepOutcome:
     trees: Sequence[DraftTree]
     #: The accepted path of each item that chooses a token; None for the others.
     paths: Sequence[AcceptedPath | None]
+    #: False where only the sizes of trees are known.
+    has_nodes: bool = True
 
 
 #: Drafts, builds, verifies, accepts, and moves K and V. The host learns of nothing but the outcome.
@@ -92,6 +127,8 @@ class Drafter(Protocol):
     max_depth: int
     #: Rows behind the committed tokens that drafting writes into a request's pages.
     num_scratch_rows: int
+    #: Rows of a guess for one request, whatever its depth; None where a shallow guess takes one row per depth and one.
+    num_block_slots: int | None
     #: Grows when the draft context of all requests is lost.
     epoch: int
 
@@ -113,19 +150,52 @@ TreeBuilder = Callable[[StepPlan, Sequence["CandidateTable | None"]], list[Draft
 Acceptor = Callable[[Sequence[ScheduledRequest], Sequence[int], Sequence[DraftTree], torch.Tensor], list[AcceptedPath]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodeLoad:
+    """What a policy decides on."""
+
+    #: Decoding requests in mode ``auto``, in the order of arrival.
+    requests: Sequence[Request]
+    #: All decoding requests.
+    num_decoding: int
+    #: Rows that one decoding request may use, so that all fit.
+    fair_nodes: int
+    #: Prompt tokens that the step will compute beside them, at most.
+    num_prompt_rows: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowance:
+    """What one request may spend in a step. Fields as in `ScheduledRequest`."""
+
+    max_tree_nodes: int = 1
+    budget_share: int = 1
+    max_depth: int | None = None
+    draft_depth: int | None = None
+    uses_head: bool = True
+    keeps_context: bool = True
+    bias: int = 0
+
+
 class BudgetPolicy(Protocol):
-    """Decides how large trees are."""
+    """Decides who may speculate, and how much. Any decision is lossless."""
 
-    def nodes_per_tree(self, num_decoding: int) -> int:
-        """Tree nodes, root included, that one of `num_decoding` requests gets; 1 is no speculation."""
+    #: Whether the draft contexts of prompts that are computed now shall go on.
+    keeps_context: bool
+    #: What the policy does at present, and why, in a word or two.
+    reason: str
+    #: Expected tokens per second below which a node is left out; 0 where there is no price.
+    price_per_s: float
 
+    def allow(self, load: DecodeLoad) -> list[Allowance]:
+        """One allowance per request of the load."""
 
-class FixedBudget:
-    """The same tree size at every load."""
+    def price(
+        self, plan: StepPlan, tables: Sequence[CandidateTable | None]
+    ) -> tuple[StepPlan, Sequence[CandidateTable | None]]:
+        """The plan with the price of rows, and the tables with their scores calibrated, before trees are built."""
 
-    def __init__(self, num_nodes: int):
-        self._num_nodes = num_nodes
-
-    def nodes_per_tree(self, num_decoding: int) -> int:
-        """The fixed number."""
-        return self._num_nodes
+    def observe(
+        self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float
+    ) -> None:
+        """Told of each step behind its end."""

@@ -51,10 +51,11 @@ class RemoteDrafter:
         self.tap_layer_ids = config.target_layer_ids
         self.max_depth = config.block_size - 1
         self.num_scratch_rows = config.block_size
+        self.num_block_slots = None if config.causal else config.block_size
         self.epoch = 0
         self.deadline_s = deadline_s
         self.pages_in_use = pages_in_use or (lambda: ())
-        self._fuser, self._listener, self._config = fuser, listener, config
+        self._fuser, self._listener, self.config = fuser, listener, config
         self._page_size, self._device = page_size, device
         self._links: list[WorkerLink] = []
 
@@ -79,7 +80,7 @@ class RemoteDrafter:
 
     def draft(self, plan: StepPlan) -> list[CandidateTable | None]:
         """See `Drafter.draft`; requests whose worker is lost get none."""
-        chosen = [i for i, item in enumerate(plan.items) if item.max_tree_nodes > 1]
+        chosen = [i for i, item in enumerate(plan.items) if item.asks_head]
         found: list[CandidateTable | None] = [None] * len(plan.items)
         self.absorb([plan.items[i].request for i in chosen])
         # A request that came while no worker was there may still have nothing absorbed.
@@ -104,8 +105,8 @@ class RemoteDrafter:
 
     def _guess(self, items: Sequence[ScheduledRequest]) -> Guess:
         requests = [item.request for item in items]
-        depth = min(self.max_depth, max(item.max_depth for item in items))
-        blocks = draft_blocks(requests, self._config, depth, self._page_size, torch.device("cpu"))
+        depth = min(self.max_depth, max(item.head_depth for item in items))
+        blocks = draft_blocks(requests, self.config, depth, self._page_size, torch.device("cpu"))
         return Guess(
             rows=Rows.of(blocks.batch),
             num_slots=blocks.num_slots,

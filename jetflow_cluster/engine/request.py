@@ -10,6 +10,7 @@ import torch
 from jetflow_cluster.cache.page_table import PageTable
 from jetflow_cluster.cache.prefix_cache import PageKeys
 from jetflow_cluster.engine.detokenizer import IncrementalDetokenizer
+from jetflow_cluster.engine.worth import Worth
 from jetflow_cluster.layers.sampler import TokenCounts
 from jetflow_cluster.tree.lookup import ContextIndex
 from jetflow_cluster.types import (
@@ -61,14 +62,21 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     #: Tokens whose target KV is in the pages (the target's context length).
     num_computed: int = 0
-    #: Tokens whose draft context is in the pages; the next ones wait in `pending_fused`.
+    #: First token of the draft context, at the beginning of a page: above 0 where earlier ones were passed without
+    #: keeping their hidden vectors.
+    draft_start: int = 0
+    #: End of the draft context that is in the pages; the next tokens wait in `pending_fused`.
     draft_len: int = 0
+    #: End of the tokens whose fused vectors are known: `draft_len` and what waits.
+    fused_len: int = 0
     #: Fused hidden vectors ``[n, hidden_size]`` of the tokens from `draft_len` on, in order.
     pending_fused: list[torch.Tensor] = field(default_factory=list)
     #: Where the request's own text repeats itself, once it was asked.
     context_index: ContextIndex | None = None
-    #: True when the draft context went with a lost draft worker: the request drafts no more.
-    is_draft_lost: bool = False
+    #: What its guesses were worth so far.
+    worth: Worth = field(default_factory=Worth)
+    #: Steps for which its own text is not looked at for repetitions, because there was none.
+    lookup_pause: int = 0
     #: Full pages that the prefix cache was told of.
     num_cached_pages: int = 0
     #: Those of them whose draft context is complete, as far as the prefix cache was told.
@@ -103,14 +111,38 @@ class Request:
 
     @property
     def wants_speculation(self) -> bool:
-        """False when the request switched speculation off, or its draft context is lost."""
-        return self.params.speculation.mode is not SpeculationMode.OFF and not self.is_draft_lost
+        """False when the request switched speculation off."""
+        return self.params.speculation.mode is not SpeculationMode.OFF
+
+    @property
+    def has_draft_context(self) -> bool:
+        """True when the draft context, with what waits, reaches up to the anchor."""
+        return self.draft_start < self.fused_len == self.num_computed
+
+    def keep_context(self, num_rows: int) -> int:
+        """Counts the next `num_rows` committed tokens, from `num_computed` on, as ones whose fused vectors are known.
+
+        Behind tokens whose vectors nobody kept the draft context begins anew, with the next page: pages that others may
+        read are not written to, and attention needs no mask for what is missing.
+
+        Returns:
+            How many of them, the first ones, are before that and must be left out.
+        """
+        if self.fused_len < self.num_computed:
+            page_size = self.pages.page_size
+            page = -(-self.num_computed // page_size)
+            self.draft_start = self.draft_len = self.fused_len = page * page_size
+            self.num_draft_valid_pages = page
+            self.pending_fused.clear()
+        num_left_out = min(num_rows, self.fused_len - self.num_computed)
+        self.fused_len += num_rows - num_left_out
+        return num_left_out
 
     def lose_draft_context(self) -> None:
-        """Its pages hold no draft context any more. What only waits to be absorbed is kept."""
-        if self.draft_len:
-            self.draft_len = self.num_draft_valid_pages = 0
-            self.is_draft_lost = True
+        """Its pages hold no draft context any more; it begins anew. What only waits to be absorbed is kept."""
+        if self.draft_len > self.draft_start:
+            # No token is known, so the next ones to be kept come behind a gap.
+            self.draft_start = self.draft_len = self.fused_len = self.num_draft_valid_pages = 0
             self.pending_fused.clear()
 
     def counted_tokens(self) -> TokenCounts:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from jetflow_cluster.cache.page_pool import OutOfPagesError, PagePool
 from jetflow_cluster.cache.prefix_cache import PrefixCache
 from jetflow_cluster.config import DEFAULT_MAX_TREE_NODES
-from jetflow_cluster.engine.protocols import BudgetPolicy, ScheduledRequest, StepPlan
+from jetflow_cluster.engine.protocols import Allowance, BudgetPolicy, DecodeLoad, ScheduledRequest, StepPlan
 from jetflow_cluster.engine.request import Request, RequestStatus
 from jetflow_cluster.types import SpeculationMode
 
@@ -56,9 +56,10 @@ class Scheduler:
         items: dict[int, ScheduledRequest] = {}
         decoding = [r for r in self.running if r.num_remaining_rows == 1]
         fair_nodes = self._fair_share(decoding)
+        allowances = self._allowances(decoding, fair_nodes)
         for request in decoding:
             if request.status is RequestStatus.RUNNING:
-                self._schedule_decode(request, len(decoding), fair_nodes, items)
+                self._schedule_decode(request, allowances[request.arrival], items)
         rows_left = self._max_rows - sum(item.budget_share for item in items.values())
         for request in [r for r in self.running if r.num_remaining_rows > 1]:
             if rows_left > 0 and request.status is RequestStatus.RUNNING:
@@ -86,22 +87,39 @@ class Scheduler:
         share = self._max_rows // 2 if has_prompts else self._max_rows
         return max(1, share // max(1, len(decoding)))
 
-    def _schedule_decode(
-        self, request: Request, num_decoding: int, fair_nodes: int, items: dict[int, ScheduledRequest]
-    ) -> None:
+    def _allowances(self, decoding: Sequence[Request], fair_nodes: int) -> dict[int, Allowance]:
+        """What each decoding request may spend, by its arrival: the policy's choice, or what the request demands."""
+        found: dict[int, Allowance] = {}
+        auto: list[Request] = []
+        for request in decoding:
+            limits = request.params.speculation
+            if limits.mode is SpeculationMode.AUTO:
+                auto.append(request)
+            elif limits.mode is SpeculationMode.FORCE:
+                nodes = min(limits.max_tree_nodes or DEFAULT_MAX_TREE_NODES, fair_nodes)
+                found[request.arrival] = Allowance(max_tree_nodes=nodes, budget_share=nodes)
+            else:
+                found[request.arrival] = Allowance(keeps_context=False)
+        if auto:
+            computing = [r for r in self.running if r.num_remaining_rows > 1] + list(self.waiting)[:1]
+            num_prompt_rows = min(sum(r.num_remaining_rows for r in computing), self._max_rows // 2)
+            load = DecodeLoad(
+                requests=auto,
+                num_decoding=len(decoding),
+                fair_nodes=fair_nodes,
+                num_prompt_rows=num_prompt_rows,
+            )
+            found |= zip((request.arrival for request in auto), self.budget.allow(load), strict=True)
+        return found
+
+    def _schedule_decode(self, request: Request, allowance: Allowance, items: dict[int, ScheduledRequest]) -> None:
         limits = request.params.speculation
-        depth = min(self.max_draft_depth, request.room - 1, limits.max_depth or self.max_draft_depth)
-        if limits.mode is SpeculationMode.OFF or depth < 1:
-            nodes = 1
-        elif limits.mode is SpeculationMode.FORCE:
-            nodes = min(limits.max_tree_nodes or DEFAULT_MAX_TREE_NODES, fair_nodes)
-        else:
-            nodes = min(self.budget.nodes_per_tree(num_decoding), fair_nodes)
-            nodes = min(nodes, limits.max_tree_nodes or nodes)
-        share = nodes
-        if nodes > 1 and num_decoding > 1 and limits.mode is SpeculationMode.AUTO:
-            # The trees of a step compete for the sum of the shares, so one may outgrow its own.
-            nodes = min(2 * nodes, limits.max_tree_nodes or 2 * nodes)
+        depths = (self.max_draft_depth, request.room - 1, limits.max_depth, allowance.max_depth)
+        depth = min(d for d in depths if d is not None)
+        most = limits.max_tree_nodes or allowance.max_tree_nodes
+        nodes, share = min(allowance.max_tree_nodes, most), min(allowance.budget_share, most)
+        if depth < 1:
+            nodes = share = 1
         if nodes > 1:
             try:
                 request.pages.ensure(request.num_computed + max(nodes, self._num_scratch_rows))
@@ -112,8 +130,22 @@ class Scheduler:
             if not self._ensure_or_preempt(request, request.num_computed + 1, items):
                 return
         items[request.arrival] = ScheduledRequest(
-            request=request, num_rows=1, is_last=True, max_tree_nodes=nodes, budget_share=share, max_depth=depth
+            request=request,
+            num_rows=1,
+            is_last=True,
+            max_tree_nodes=nodes,
+            budget_share=share,
+            max_depth=depth,
+            draft_depth=allowance.draft_depth,
+            uses_head=allowance.uses_head,
+            keeps_context=self._needs_draft_context and allowance.keeps_context,
+            bias=allowance.bias,
         )
+
+    def _keeps_context(self, request: Request) -> bool:
+        """Whether the draft context of a prompt goes on."""
+        is_forced = request.params.speculation.mode is SpeculationMode.FORCE
+        return self._needs_draft_context and request.wants_speculation and (is_forced or self.budget.keeps_context)
 
     def _schedule_chunk(self, request: Request, rows_left: int, items: dict[int, ScheduledRequest]) -> int:
         """Schedules the next tokens of a prompt; returns how many."""
@@ -121,7 +153,9 @@ class Scheduler:
         if not self._ensure_or_preempt(request, request.num_computed + num_rows, items):
             return 0
         is_last = num_rows == request.num_remaining_rows
-        items[request.arrival] = ScheduledRequest(request=request, num_rows=num_rows, is_last=is_last)
+        items[request.arrival] = ScheduledRequest(
+            request=request, num_rows=num_rows, is_last=is_last, keeps_context=self._keeps_context(request)
+        )
         return num_rows
 
     def _ensure_or_preempt(self, request: Request, num_tokens: int, items: dict[int, ScheduledRequest]) -> bool:
@@ -150,10 +184,9 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         request.pages.release_all()
-        request.num_computed = request.draft_len = 0
+        request.num_computed = request.draft_start = request.draft_len = request.fused_len = 0
         request.num_cached_pages = request.num_draft_valid_pages = 0
         request.pending_fused.clear()
-        request.is_draft_lost = False
 
     def _admit(self, request: Request) -> bool:
         """Moves the head of the queue to the running ones when the pool holds all that it must compute."""
@@ -162,7 +195,7 @@ class Scheduler:
             matched = self.prefix_cache.match(
                 request.keys.extend(request.token_ids),
                 max_tokens=len(request.token_ids) - 1,
-                need_draft=request.wants_speculation and self._needs_draft_context,
+                need_draft=self._keeps_context(request),
             )
         page_size = request.pages.page_size
         needed = -(-len(request.token_ids) // page_size) - len(matched)
@@ -178,7 +211,8 @@ class Scheduler:
         if matched:
             request.pages.adopt(matched)
             request.num_computed = len(matched) * page_size
-            request.draft_len = request.num_computed if request.wants_speculation else 0
+            if self._keeps_context(request):
+                request.draft_len = request.fused_len = request.num_computed
             request.num_cached_pages = len(matched)
             request.num_draft_valid_pages = request.draft_len // page_size
         if request.num_preemptions == 0:

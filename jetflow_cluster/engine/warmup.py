@@ -3,92 +3,209 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from jetflow_cluster.engine.budget import BudgetTable
+import numpy as np
+
+from jetflow_cluster.engine.budget import FixedBudget
+from jetflow_cluster.engine.cost_fit import fit_costs
+from jetflow_cluster.engine.cost_model import CostModel, StepShape
+from jetflow_cluster.engine.cost_store import CostStore
+from jetflow_cluster.engine.draft_choice import NODES, Gains
 from jetflow_cluster.engine.engine import Engine
-from jetflow_cluster.engine.protocols import FixedBudget, StepRecord
+from jetflow_cluster.engine.priced_budget import PricedBudget
+from jetflow_cluster.engine.protocols import Allowance, BudgetPolicy, DecodeLoad, StepRecord
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.types import SamplingParams, SpeculationMode, SpeculationOptions
 
 _log = logging.getLogger(__name__)
 
-RUNNING = (1, 2, 4, 8, 16, 32)
-NODES = (1, 8, 16, 24, 32, 48, 64)
+#: Running requests and tree sizes of which steps are measured.
+RUNNING = (1, 2, 4, 8, 16, 32, 64)
+MEASURED_NODES = (1, 2, 4, 8, 16, 32, 64)
 #: Rows of a step that warm-up measures at most; larger ones never pay on a device where these do not.
 MAX_ROWS = 512
 #: Below this mean acceptance length the head is most likely broken or made for another target.
 SUSPICIOUS_ACCEPTANCE = 1.1
+#: A stored model is believed when it foretells a few steps within this factor.
+_BELIEVED = 1.5
+_NUM_TIMES = 3
 
 #: Makes a request of the given id, prompt and parameters.
 RequestFactory = Callable[[str, Sequence[int], SamplingParams], Request]
 
 
-def measure_acceptance(
-    engine: Engine, make_request: RequestFactory, prompts: Sequence[Sequence[int]], num_tokens: int = 48
-) -> dict[int, float]:
-    """Mean tokens per step for each tree size, from one run with the largest trees.
+def measure_gains(
+    engine: Engine,
+    make_request: RequestFactory,
+    prompts: Sequence[Sequence[int]],
+    *,
+    temperature: float = 0.0,
+    num_tokens: int = 48,
+) -> np.ndarray:
+    """Mean accepted tokens by tree size and depth, ``[len(NODES), D]``, from one run with the largest trees.
 
-    Trees are grown best first, so the first n nodes of a tree are the tree of n nodes.
+    Trees are grown best first, so the first n nodes of a tree that are at most d deep are the tree of that many nodes
+    and that depth. The last column is for any depth.
     """
-    histories: dict[int, list[int]] = {n: [] for n in NODES}
+    num_depths = engine.drafter.max_depth if engine.drafter is not None else 1
+    total, num_trees = np.zeros((len(NODES), num_depths)), 0
 
     def record(step: StepRecord) -> None:
+        nonlocal num_trees
         for entry in step.requests:
             if entry.tree.num_nodes > 1:
-                for n in NODES:
-                    histories[n].append(1 + sum(0 < node < n for node in entry.accepted_nodes))
+                depths = np.array(entry.tree.depths)
+                is_right = np.zeros(len(depths), bool)
+                is_right[entry.accepted_nodes[1:]] = True
+                for d in range(1, num_depths + 1):
+                    hit = is_right[depths <= (d if d < num_depths else 64)]
+                    total[:, d - 1] += [hit[:n].sum() for n in NODES]
+                num_trees += 1
 
     previous, engine.on_step = engine.on_step, record
     try:
         options = SpeculationOptions(mode=SpeculationMode.FORCE, max_tree_nodes=NODES[-1])
-        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, speculation=options)
+        params = SamplingParams(
+            temperature=temperature, max_tokens=num_tokens, ignore_eos=True, seed=1, speculation=options
+        )
         for i, prompt in enumerate(prompts):
             engine.add(make_request(f"warmup-{i}", prompt, params))
         while engine.has_work:
             engine.step()
     finally:
         engine.on_step = previous
-    return {n: sum(lengths) / len(lengths) if lengths else 1.0 for n, lengths in histories.items()}
+    return total / max(num_trees, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cell:
+    """Steps of one size."""
+
+    num_requests: int
+    num_nodes: int
+    depth: int | None = None
+
+
+class _MeasuredBudget(FixedBudget):
+    """A tree size and depth for all, and no draft context where nothing is drafted."""
+
+    def __init__(self, cell: _Cell):
+        super().__init__(cell.num_nodes)
+        self._depth = cell.depth
+
+    def allow(self, load: DecodeLoad) -> list[Allowance]:
+        """Trees of exactly this size."""
+        nodes = self.nodes_per_tree(load.num_decoding)
+        allowance = Allowance(max_tree_nodes=nodes, budget_share=nodes, max_depth=self._depth)
+        return [allowance] * len(load.requests)
 
 
 def measure_steps(
-    engine: Engine, make_request: RequestFactory, prompt: Sequence[int], max_running: int, max_rows: int
-) -> dict[int, dict[int, float]]:
-    """Seconds of a whole step for r running requests with trees of n nodes; the best of three. Requests that the pool
-    cannot hold at once, with all that these steps write, are not measured."""
-    rows = len(prompt) + len(NODES) * 4 * (engine.drafter.max_depth + 1 if engine.drafter else 1) + NODES[-1]
-    max_running = min(max_running, engine.pool.num_pages // (-(-rows // engine.target.page_size) + 1))
-    costs: dict[int, dict[int, float]] = {}
+    engine: Engine, make_request: RequestFactory, prompt: Sequence[int], cells: Sequence[_Cell], *, max_running: int
+) -> list[tuple[StepShape, float]]:
+    """Shapes and seconds of steps: of each cell, and of the prompts on the way. Requests that the pool cannot hold at
+    once, with all that these steps write, are not measured. Cells are all plain, or all with trees: steps that keep no
+    draft context leave none for others."""
+    num_slots = engine.drafter.max_depth + 1 if engine.drafter else 1
+    rows = len(prompt) + len(MEASURED_NODES) * (_NUM_TIMES + 1) * num_slots + MEASURED_NODES[-1]
+    page_size = engine.target.page_size
+    max_running = min(max_running, engine.pool.num_pages // (-(-rows // page_size) + 1))
+    samples: list[tuple[StepShape, float]] = []
     previous = engine.scheduler.budget
     options = SpeculationOptions(mode=SpeculationMode.AUTO)
+    params = SamplingParams(temperature=0.0, max_tokens=10**6, ignore_eos=True, speculation=options)
     try:
-        for running in (r for r in RUNNING if r <= max_running):
-            costs[running] = {}
+        for running in sorted({cell.num_requests for cell in cells if cell.num_requests <= max_running}):
             for i in range(running):
-                params = SamplingParams(temperature=0.0, max_tokens=10**6, ignore_eos=True, speculation=options)
                 engine.add(make_request(f"warmup-{i}", prompt, params))
             engine.scheduler.budget = FixedBudget(1)
             while any(r.num_remaining_rows > 1 for r in engine.requests.values()):
+                num_rows = sum(r.num_remaining_rows for r in engine.requests.values())
+                took_s = _timed(engine)
+                left = [r.num_remaining_rows for r in engine.requests.values()]
+                samples.append((StepShape(num_prompt_rows=num_rows - sum(n for n in left if n > 1)), took_s))
+            for cell in (cell for cell in cells if cell.num_requests == running):
+                engine.scheduler.budget = _MeasuredBudget(cell)
+                if cell.num_nodes == 1:
+                    # As where speculation is off: nothing is kept for later.
+                    engine.scheduler.budget.allow = _no_context  # type: ignore[method-assign]
                 engine.step()
-            for nodes in (n for n in NODES if n == 1 or n * running <= min(MAX_ROWS, max_rows)):
-                engine.scheduler.budget = FixedBudget(nodes)
-                engine.step()
-                costs[running][nodes] = min(_timed(engine) for _ in range(3))
+                for _ in range(_NUM_TIMES):
+                    took_s = _timed(engine)
+                    if len(engine.requests) < running:
+                        break
+                    samples.append((_shape(engine, cell, num_slots), took_s))
                 if len(engine.requests) < running:
                     break
             for request_id in list(engine.requests):
                 engine.abort(request_id)
     finally:
         engine.scheduler.budget = previous
-    return costs
+    return samples
+
+
+def _no_context(load: DecodeLoad) -> list[Allowance]:
+    return [Allowance(keeps_context=False)] * len(load.requests)
+
+
+def _shape(engine: Engine, cell: _Cell, num_slots: int) -> StepShape:
+    # Rounded, so that the times of one cell are of one shape and the least counts.
+    context = sum(r.num_computed for r in engine.requests.values()) // 64 * 64
+    is_drafted = cell.num_nodes > 1
+    slots = min(num_slots, cell.depth + 1) if cell.depth else num_slots
+    return StepShape(
+        num_requests=cell.num_requests,
+        num_rows=cell.num_requests * cell.num_nodes,
+        num_context_tokens=context,
+        num_draft_rows=cell.num_requests * slots if is_drafted else 0,
+        num_draft_context_tokens=context if is_drafted else 0,
+    )
 
 
 def _timed(engine: Engine) -> float:
     start = time.perf_counter()
     engine.step()
     return time.perf_counter() - start
+
+
+def measure_costs(
+    engine: Engine,
+    make_request: RequestFactory,
+    prompt: Sequence[int],
+    *,
+    max_running: int,
+    max_rows: int,
+    stored: CostModel | None = None,
+) -> CostModel | None:
+    """The cost of this engine's steps; None when the pool does not hold one request for so long. A stored model is
+    believed when a few steps agree with it up to a factor, which is then taken from them."""
+    most = min(MAX_ROWS, max_rows)
+    running = [r for r in RUNNING if r <= max_running]
+    plain = [_Cell(num_requests=r, num_nodes=1) for r in running]
+    cells = [_Cell(num_requests=r, num_nodes=n) for r in running for n in MEASURED_NODES[1:] if n * r <= most]
+
+    def measured(chosen: Sequence[_Cell]) -> list[tuple[StepShape, float]]:
+        return measure_steps(engine, make_request, prompt, chosen, max_running=max_running)
+
+    if stored is not None:
+        few = [[c for c in kind if c.num_requests in (1, 8) and c.num_nodes in (1, 8)] for kind in (plain, cells)]
+        samples = measured(few[0]) + measured(few[1])
+        least: dict[StepShape, float] = {}
+        for shape, took_s in samples:
+            if shape.num_requests:
+                least[shape] = min(took_s, least.get(shape, took_s))
+        ratios = [took_s / stored.step_s(shape) for shape, took_s in least.items()]
+        if ratios and max(ratios) / min(ratios) < _BELIEVED and 1 / _BELIEVED < statistics.median(ratios) < _BELIEVED:
+            return stored.scaled([statistics.median(ratios)] * 6)
+    if engine.drafter is not None and engine.drafter.max_depth > 3:
+        shallow = [replace(cell, depth=3) for cell in cells if cell.num_requests in (1, 8) and cell.num_nodes == 4]
+        cells = shallow + cells
+    samples = measured(plain) + measured(cells)
+    return fit_costs(samples) if any(shape.num_requests for shape, _ in samples) else None
 
 
 def warm_up(
@@ -98,16 +215,24 @@ def warm_up(
     *,
     max_running: int,
     max_rows: int,
-) -> BudgetTable:
-    """Measures acceptance and costs, warns of a head that does not fit, and returns the table of tree sizes."""
-    acceptance = measure_acceptance(engine, make_request, prompts)
+    store: CostStore | None = None,
+) -> BudgetPolicy:
+    """Measures gains and costs, warns of a head that does not fit, and returns the policy of mode ``auto``; where
+    nothing can be measured, that is no speculation."""
+    greedy = measure_gains(engine, make_request, prompts)
     lookup, engine.lookup = engine.lookup, None
     try:
         # Repetitions would hide a head that does not fit, and fill the contexts with tokens.
-        alone = measure_acceptance(engine, make_request, prompts[:2])[NODES[-1]]
-        costs = measure_steps(engine, make_request, prompts[0], max_running, max_rows)
+        alone = 1.0 + float(measure_gains(engine, make_request, prompts[:2])[-1, -1])
+        sampled = measure_gains(engine, make_request, prompts[:2], temperature=1.0, num_tokens=32)
+        stored = store.load() if store is not None else None
+        cost = measure_costs(
+            engine, make_request, prompts[0], max_running=max_running, max_rows=max_rows, stored=stored
+        )
     finally:
         engine.lookup = lookup
+    if store is not None and cost is not None and cost is not stored:
+        store.save(cost)
     if alone < SUSPICIOUS_ACCEPTANCE:
         _log.warning(
             "draft head: mean acceptance length %.2f with %d nodes at warm-up; the head is probably untrained, or "
@@ -115,9 +240,19 @@ def warm_up(
             alone,
             NODES[-1],
         )
-    table = BudgetTable.from_costs(costs, acceptance)
-    _log.info("tree nodes by running requests: %s", table.nodes_by_running)
     if engine.prefix_cache is not None:
         engine.prefix_cache.clear()
     engine.reset_counters()
-    return table
+    if cost is None:
+        return FixedBudget(1)
+    drafter = engine.drafter
+    share = float(sampled.sum() / greedy.sum()) if greedy.sum() > 0 else 1.0
+    budget = PricedBudget(
+        cost,
+        Gains(accepted=greedy, sampled_share=min(max(share, 0.1), 1.5)),
+        needs_context=bool(drafter is not None and drafter.tap_layer_ids),
+        num_block_slots=drafter.num_block_slots if drafter is not None else None,
+        has_lookup=lookup is not None,
+    )
+    _log.info("accepted tokens of a tree of %s nodes: %s", NODES, [round(g, 2) for g in greedy[:, -1].tolist()])
+    return budget

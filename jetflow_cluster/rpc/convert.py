@@ -11,6 +11,7 @@ from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.types import (
     FinishReason,
     InvalidRequestError,
+    LatencyClass,
     RequestDelta,
     RequestOutput,
     SamplingParams,
@@ -27,6 +28,13 @@ _MODES: dict[int, SpeculationMode] = {
     pb.SPECULATION_MODE_OFF: SpeculationMode.OFF,
     pb.SPECULATION_MODE_FORCE: SpeculationMode.FORCE,
 }
+_CLASSES: dict[int, LatencyClass] = {
+    pb.LATENCY_CLASS_UNSPECIFIED: LatencyClass.NORMAL,
+    pb.LATENCY_CLASS_NORMAL: LatencyClass.NORMAL,
+    pb.LATENCY_CLASS_INTERACTIVE: LatencyClass.INTERACTIVE,
+    pb.LATENCY_CLASS_BATCH: LatencyClass.BATCH,
+}
+_CLASSES_TO_PROTO = {latency_class: number for number, latency_class in _CLASSES.items()}
 _MODES_TO_PROTO = {mode: number for number, mode in _MODES.items()}
 _REASONS: dict[int, FinishReason] = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
@@ -62,7 +70,10 @@ def _sampling_fields(message: pb.SamplingParams) -> tuple[dict[str, Any], dict[s
     fields["logit_bias"] = dict(message.logit_bias)
     options = message.speculation
     # An enumeration of proto3 is open: a number without a name stays a number, which is no mode.
-    speculation: dict[str, Any] = {"mode": _MODES.get(options.mode, options.mode)}
+    speculation: dict[str, Any] = {
+        "mode": _MODES.get(options.mode, options.mode),
+        "latency_class": _CLASSES.get(options.latency_class, options.latency_class),
+    }
     speculation |= {name: getattr(options, name) for name in ("max_tree_nodes", "max_depth") if options.HasField(name)}
     return fields, speculation
 
@@ -78,6 +89,7 @@ def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
             mode=_MODES_TO_PROTO[SpeculationMode(params.speculation.mode)],  # type: ignore[arg-type]
             max_tree_nodes=params.speculation.max_tree_nodes,
             max_depth=params.speculation.max_depth,
+            latency_class=_CLASSES_TO_PROTO[LatencyClass(params.speculation.latency_class)],  # type: ignore[arg-type]
         ),
     )
 

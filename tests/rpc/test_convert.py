@@ -15,6 +15,7 @@ from jetflow_cluster.rpc.errors import InvalidFieldsError, StatusError
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.types import (
     FinishReason,
+    LatencyClass,
     RequestDelta,
     RequestOutput,
     SamplingParams,
@@ -60,6 +61,7 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
             mode=draw(st.sampled_from(SpeculationMode)),
             max_tree_nodes=draw(st.none() | st.integers(1, 512)),
             max_depth=draw(st.none() | st.integers(1, 64)),
+            latency_class=draw(st.sampled_from(LatencyClass)),
         ),
     )
 
@@ -202,6 +204,7 @@ def offending(request: pb.GenerateRequest) -> list[str]:
             pytest.param({"speculation": {"max_tree_nodes": v}}, "speculation.max_tree_nodes", id=f"nodes-{v}")
             for v in (0, 513)
         ],
+        pytest.param({"speculation": {"latency_class": 9}}, "speculation.latency_class", id="latency-class"),
         *[pytest.param({"speculation": {"max_depth": v}}, "speculation.max_depth", id=f"depth-{v}") for v in (0, 65)],
     ],
 )

@@ -21,6 +21,7 @@ class NoDrafter:
 
     tap_layer_ids: tuple[int, ...] = ()
     num_scratch_rows = 0
+    num_block_slots: int | None = None
     epoch = 0
 
     def __init__(self, max_depth: int = 12):

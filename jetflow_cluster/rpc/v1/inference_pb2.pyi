@@ -14,6 +14,13 @@ class SpeculationMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SPECULATION_MODE_OFF: _ClassVar[SpeculationMode]
     SPECULATION_MODE_FORCE: _ClassVar[SpeculationMode]
 
+class LatencyClass(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LATENCY_CLASS_UNSPECIFIED: _ClassVar[LatencyClass]
+    LATENCY_CLASS_NORMAL: _ClassVar[LatencyClass]
+    LATENCY_CLASS_INTERACTIVE: _ClassVar[LatencyClass]
+    LATENCY_CLASS_BATCH: _ClassVar[LatencyClass]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -24,6 +31,10 @@ SPECULATION_MODE_UNSPECIFIED: SpeculationMode
 SPECULATION_MODE_AUTO: SpeculationMode
 SPECULATION_MODE_OFF: SpeculationMode
 SPECULATION_MODE_FORCE: SpeculationMode
+LATENCY_CLASS_UNSPECIFIED: LatencyClass
+LATENCY_CLASS_NORMAL: LatencyClass
+LATENCY_CLASS_INTERACTIVE: LatencyClass
+LATENCY_CLASS_BATCH: LatencyClass
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -50,14 +61,16 @@ class ChatMessages(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
 
 class SpeculationOptions(_message.Message):
-    __slots__ = ("mode", "max_tree_nodes", "max_depth")
+    __slots__ = ("mode", "max_tree_nodes", "max_depth", "latency_class")
     MODE_FIELD_NUMBER: _ClassVar[int]
     MAX_TREE_NODES_FIELD_NUMBER: _ClassVar[int]
     MAX_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_CLASS_FIELD_NUMBER: _ClassVar[int]
     mode: SpeculationMode
     max_tree_nodes: int
     max_depth: int
-    def __init__(self, mode: _Optional[_Union[SpeculationMode, str]] = ..., max_tree_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ...) -> None: ...
+    latency_class: LatencyClass
+    def __init__(self, mode: _Optional[_Union[SpeculationMode, str]] = ..., max_tree_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., latency_class: _Optional[_Union[LatencyClass, str]] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "prompt_logprobs", "prior_output_token_ids", "speculation")

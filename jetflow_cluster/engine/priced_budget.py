@@ -1,0 +1,322 @@
+"""Mode ``auto``: who drafts and what is verified, from what a step costs and what guesses are worth.
+
+Before drafting, `choose` weighs expected gains against the cost of the step. It must promise `TURN_ON` times the tokens
+per second of not drafting before drafting begins, and goes on while it keeps `TURN_OFF`; so noise at the crossing
+decides nothing. While nothing is drafted no hidden vectors are kept either, and a step costs what it costs without
+speculation; draft contexts begin anew when drafting comes near to paying. Where guesses and not the load are the
+reason, a `Prober` tries again. Long repetitions of a request's own text need no head and are tried at any load.
+
+Behind drafting, scores are calibrated and the trees of all requests compete at the price of the step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from jetflow_cluster.engine.cost_model import CostModel, StepShape
+from jetflow_cluster.engine.cost_tracker import CostTracker
+from jetflow_cluster.engine.draft_choice import NODES, Choice, Gains, Situation, choose
+from jetflow_cluster.engine.probing import Prober
+from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, StepPlan
+from jetflow_cluster.engine.request import Request
+from jetflow_cluster.engine.value_model import ValueModel
+from jetflow_cluster.tree.accept import AcceptedPath
+from jetflow_cluster.tree.build import SCORE_UNIT, CandidateTable
+from jetflow_cluster.tree.draft_tree import DraftTree
+from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH
+from jetflow_cluster.types import LatencyClass
+
+_log = logging.getLogger(__name__)
+
+#: Expected tokens per second over those of not drafting at which drafting begins, and below which it ends.
+TURN_ON, TURN_OFF = 1.04, 1.01
+#: Drafting for all, this near to paying, draft contexts go on.
+KEEP_CONTEXT = 0.93
+#: Steps between two looks at an unchanged load.
+_LOOK_EVERY = 8
+#: Most nodes of one tree.
+_MOST_NODES = 64
+#: Rows that a request which only repeats itself adds to those that the trees share.
+_LOOKUP_SHARE = 4
+#: Tokens that the level of all requests' gains counts for before anything is known, and its decay per drafted step.
+_LEVEL_PRIOR, _LEVEL_FADE = 12.0, 0.98
+#: Seconds between two lines of the log about the same.
+_LOG_EVERY_S = 60.0
+#: What the reasons mean, in the log.
+REASONS = {
+    "pays": "it pays",
+    "load": "steps are too full",
+    "head": "guesses are worth too little; they are tried again in a hundredth of the time",
+}
+#: Worth of a token of each latency class, as a bias of scores: the price of an interactive request's nodes is halved.
+LATENCY_BIAS = {
+    LatencyClass.INTERACTIVE: round(math.log(2.0) * SCORE_UNIT),
+    LatencyClass.NORMAL: 0,
+    LatencyClass.BATCH: -round(math.log(2.0) * SCORE_UNIT),
+}
+
+
+class PricedBudget:
+    """See the module; implements `BudgetPolicy`.
+
+    Args:
+        cost: of a step, as measured.
+        gains: of a request, as measured.
+        value: calibration of scores.
+        needs_context: whether the drafter reads hidden vectors.
+        num_block_slots: slots of the head's block, where it cannot be cut shorter.
+        has_lookup: whether requests' own texts are looked at too.
+    """
+
+    def __init__(
+        self,
+        cost: CostModel,
+        gains: Gains,
+        *,
+        value: ValueModel | None = None,
+        needs_context: bool = True,
+        num_block_slots: int | None = None,
+        has_lookup: bool = False,
+    ):
+        self.value = value or ValueModel()
+        self.prober = Prober()
+        self.reason = "idle"
+        self.price_per_s = 0.0
+        self.keeps_context = True
+        self.is_on = False
+        self.gains = gains
+        self._tracker = CostTracker(cost)
+        self._needs_context, self._num_block_slots, self._has_lookup = needs_context, num_block_slots, has_lookup
+        #: Accepted and foretold tokens by kind.
+        self._levels = np.ones((2, 2)) * _LEVEL_PRIOR
+        self._choice: Choice | None = None
+        self._drafting: dict[int, float] = {}
+        self._probing: set[int] = set()
+        self._num_draft_rows = 0
+        self._seen: tuple[int, ...] = ()
+        self._num_steps = 0
+        self._logged_s: dict[str, float] = {}
+
+    @property
+    def cost(self) -> CostModel:
+        """The cost model as it stands."""
+        return self._tracker.model
+
+    def level(self, kind: int) -> float:
+        """Accepted over foretold tokens of all requests of a kind: 0 greedy, 1 sampled."""
+        return float(self._levels[kind, 0] / self._levels[kind, 1])
+
+    def allow(self, load: DecodeLoad) -> list[Allowance]:
+        """See `BudgetPolicy`."""
+        seen = (load.num_decoding, len(load.requests), load.num_prompt_rows, load.fair_nodes)
+        self._num_steps += 1
+        if seen != self._seen or self._num_steps % _LOOK_EVERY == 0 or (self.is_on and self._choice is None):
+            self._seen = seen
+            self._decide(load)
+        self._num_draft_rows = 0
+        self._probing = set()
+        self._drafting = self._chosen(load)
+        return [self._allowance(request, load) for request in load.requests]
+
+    def price(
+        self, plan: StepPlan, tables: Sequence[CandidateTable | None]
+    ) -> tuple[StepPlan, Sequence[CandidateTable | None]]:
+        """See `BudgetPolicy`."""
+        priced = [i for i, item in enumerate(plan.items) if item.is_priced]
+        if all(tables[i] is None for i in priced):
+            return plan, tables
+        found = list(tables)
+        kinds = [_kind(plan.items[i].request) for i in priced]
+        for i, table in zip(priced, self.value.calibrate([tables[i] for i in priced], kinds), strict=True):
+            found[i] = table
+        asked = [i for i in priced if (table := tables[i]) is not None and plan.items[i].asks_head and _is_wide(table)]
+        slots = 1 + max((plan.items[i].head_depth for i in asked), default=0)
+        self._num_draft_rows = len(asked) * (self._num_block_slots or slots)
+        items = [plan.items[i] for i in priced]
+        beneath = [item for item in plan.items if not item.is_priced]
+        context = sum(item.request.num_computed for item in items)
+        shape = StepShape(
+            num_requests=len(items),
+            num_rows=len(items),
+            num_context_tokens=context,
+            num_draft_rows=self._num_draft_rows,
+            num_draft_context_tokens=context if asked else 0,
+            num_prompt_rows=sum(i.budget_share if i.is_forced else i.num_rows for i in beneath),
+        )
+        most = max(plan.tree_budget, sum(item.budget_share for item in items))
+        return replace(plan, row_costs=self.cost.row_costs(shape, most)), found
+
+    def observe(
+        self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float
+    ) -> None:
+        """See `BudgetPolicy`."""
+        self.prober.earn(took_s)
+        grown = [i for i, tree in enumerate(trees) if tree.num_nodes > 1 and paths[i] is not None]
+        if not grown and self._num_steps % 4:
+            return
+        decoding = [i for i, item in enumerate(plan.items) if item.num_rows == 1 and item.is_last]
+        context = sum(plan.items[i].request.num_computed for i in decoding)
+        shape = StepShape(
+            num_requests=len(decoding),
+            num_rows=sum(trees[i].num_nodes for i in decoding),
+            num_context_tokens=context,
+            num_draft_rows=self._num_draft_rows,
+            num_draft_context_tokens=context if self._num_draft_rows else 0,
+            num_prompt_rows=sum(item.num_rows for item in plan.items) - len(decoding),
+        )
+        self._tracker.observe(shape, took_s)
+        if grown:
+            self._learn(plan, trees, paths, grown)
+
+    def _learn(
+        self,
+        plan: StepPlan,
+        trees: Sequence[DraftTree],
+        paths: Sequence[AcceptedPath | None],
+        grown: Sequence[int],
+    ) -> None:
+        """Counts what became of the trees: for the calibration, for each request, and for all."""
+        walked = [path for i in grown if (path := paths[i]) is not None]
+        requests = [plan.items[i].request for i in grown]
+        kinds = [_kind(request) for request in requests]
+        promised = self.value.observe([trees[i] for i in grown], [path.nodes for path in walked], kinds)
+        self._levels = self._levels * _LEVEL_FADE + (1.0 - _LEVEL_FADE) * _LEVEL_PRIOR
+        for request, kind, said, path in zip(requests, kinds, promised.tolist(), walked, strict=True):
+            request.worth.drafted(path.num_accepted, said)
+            if (foretold := self._drafting.get(id(request))) is not None:
+                self._levels[kind] += (path.num_accepted, foretold)
+
+    def _decide(self, load: DecodeLoad) -> None:
+        """Whether drafting is on, and why."""
+        now = self._choose(load, load.requests, self.gains)
+        self.is_on = now.ratio >= (TURN_OFF if self.is_on else TURN_ON)
+        self._choice = now
+        if self.is_on:
+            self.keeps_context = True
+            self.price_per_s = now.tokens_per_s
+            self._tell("pays", now)
+            return
+        hoped = self._choose(load, load.requests, self.gains.hoped(), is_hope=True)
+        is_load = hoped.ratio < TURN_ON
+        # Where the load is the reason, it may fall; where guesses are, a probe keeps what it needs.
+        all_of_them = self._choose(load, load.requests, self.gains, only_all=True)
+        self.keeps_context = is_load and all_of_them.ratio >= KEEP_CONTEXT
+        self.price_per_s = now.tokens_per_s
+        if is_load:
+            self.prober.stop()
+        self._tell("load" if is_load else "head", now)
+
+    def _choose(
+        self,
+        load: DecodeLoad,
+        requests: Sequence[Request],
+        gains: Gains,
+        *,
+        is_hope: bool = False,
+        only_all: bool = False,
+    ) -> Choice:
+        worths = np.array([self._worth(request, gains, is_hope=is_hope) for request in requests])
+        situation = Situation(
+            num_requests=load.num_decoding,
+            num_context_tokens=sum(request.num_computed for request in requests),
+            num_prompt_rows=load.num_prompt_rows,
+            max_nodes=max(2, min(_MOST_NODES, load.fair_nodes)),
+            num_block_slots=self._num_block_slots,
+        )
+        return choose(self.cost, gains, np.sort(worths)[::-1], situation, only_all=only_all)
+
+    def _worth(self, request: Request, gains: Gains, *, is_hope: bool = False) -> float:
+        """Factor of a request's gains: its kind, its own past, its latency class, and the tokens that it may still
+        emit."""
+        kind = _kind(request)
+        worth = gains.sampled_share if kind else 1.0
+        if is_hope:
+            return worth
+        worth *= self.level(kind) * request.worth.value
+        worth *= math.exp(LATENCY_BIAS[LatencyClass(request.params.speculation.latency_class)] / SCORE_UNIT)
+        most = float(gains.accepted.max())
+        return worth * min(1.0, (request.room - 1) / most) if most > 0 else 0.0
+
+    def _chosen(self, load: DecodeLoad) -> dict[int, float]:
+        """The requests that draft in this step, by identity, with the accepted tokens foretold for each; the level of
+        all is not in that."""
+        assert self._choice is not None
+        able = [r for r in load.requests if r.room > 1 and (r.has_draft_context or not self._needs_context)]
+        choice = self._choice
+        if self.is_on:
+            worths = sorted(((self._worth(r, self.gains), r) for r in able), key=lambda pair: -pair[0])
+            drafting = [r for _, r in worths[: choice.num_drafted]] if len(able) > choice.num_drafted else able
+            if not able:
+                self.reason = "context"
+        elif self.reason == "head":
+            # Their contexts are kept from here on, for as long as the probe takes.
+            self._probing = {id(r) for r in self.prober.probed(load.requests, self._probe_s(load))}
+            drafting = self.prober.ready(self._needs_context) if self._probing else []
+        else:
+            drafting = []
+        row = NODES.index(choice.num_nodes)
+        gain = float(self.gains.accepted[row, choice.depth - 1])
+        return {id(r): gain * r.worth.value * (self.gains.sampled_share if _kind(r) else 1.0) for r in drafting}
+
+    def _probe_s(self, load: DecodeLoad) -> float:
+        """Seconds that a probe is expected to take, contexts included."""
+        num = min(4, len(load.requests))
+        slots = self._num_block_slots or 1 + self.gains.accepted.shape[1]
+        plain_s = self.cost.rows_s(load.num_decoding)
+        drafted_s = self.cost.drafting_s(num * slots) + self.cost.rows_s(load.num_decoding + 7 * num) - plain_s
+        return float(4 * (drafted_s + self.cost.tree_s) + 1.5 * plain_s)
+
+    def _allowance(self, request: Request, load: DecodeLoad) -> Allowance:
+        choice = self._choice
+        assert choice is not None
+        keeps = self.keeps_context or id(request) in self._probing
+        if id(request) in self._drafting:
+            nodes = min(_MOST_NODES, load.fair_nodes)
+            if len(load.requests) > 1:
+                nodes = min(nodes, max(8, 2 * choice.num_nodes))
+            bias = request.worth.bias + LATENCY_BIAS[LatencyClass(request.params.speculation.latency_class)]
+            return Allowance(
+                max_tree_nodes=nodes if nodes == 1 else min(_MOST_NODES, 2 * nodes),
+                budget_share=nodes,
+                draft_depth=choice.depth if self.is_on else None,
+                keeps_context=keeps,
+                bias=bias,
+            )
+        request.worth.rested()
+        if not self._has_lookup or not request.params.is_greedy or request.room < 4 or load.fair_nodes < _LOOKUP_SHARE:
+            return Allowance(keeps_context=keeps, uses_head=False)
+        return Allowance(
+            max_tree_nodes=min(1 + MAX_LOOKUP_DEPTH, load.fair_nodes),
+            budget_share=_LOOKUP_SHARE,
+            uses_head=False,
+            keeps_context=keeps,
+        )
+
+    def _tell(self, reason: str, choice: Choice) -> None:
+        """One line of the log where the reason is another one, and no more than one of each in a while."""
+        if reason == self.reason:
+            return
+        self.reason = reason
+        now = time.monotonic()
+        if now - self._logged_s.get(reason, -math.inf) < _LOG_EVERY_S:
+            return
+        self._logged_s[reason] = now
+        levels = f"{self.level(0):.2f} greedy, {self.level(1):.2f} sampled"
+        message = "speculation is %s (%s): at best %.2f times the tokens per second of none; gains at %s of warm-up's"
+        level = logging.WARNING if reason == "head" else logging.INFO
+        _log.log(level, message, "on" if reason == "pays" else "off", REASONS[reason], choice.ratio, levels)
+
+
+def _kind(request: Request) -> int:
+    return 0 if request.params.is_greedy else 1
+
+
+def _is_wide(table: CandidateTable) -> bool:
+    """False for a table of a lookup alone."""
+    return table.ids.shape[1] > 1
