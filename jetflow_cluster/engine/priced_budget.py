@@ -6,6 +6,9 @@ decides nothing. While nothing is drafted no hidden vectors are kept either, and
 speculation; draft contexts begin anew when drafting comes near to paying. Where guesses and not the load are the
 reason, a `Prober` tries again. Long repetitions of a request's own text need no head and are tried at any load.
 
+Steps of each kind are timed as well, and one that falls behind plain steps is left out for a while, whatever the costs
+foretell (`jetflow_cluster.engine.pace`).
+
 Behind drafting, scores are calibrated and the trees of all requests compete at the price of the step.
 """
 
@@ -22,6 +25,7 @@ import numpy as np
 from jetflow_cluster.engine.cost_model import CostModel, StepShape
 from jetflow_cluster.engine.cost_tracker import CostTracker
 from jetflow_cluster.engine.draft_choice import NODES, Choice, Gains, Situation, choose
+from jetflow_cluster.engine.pace import Pace, StepKind
 from jetflow_cluster.engine.probing import Prober
 from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, StepPlan
 from jetflow_cluster.engine.request import Request
@@ -52,6 +56,7 @@ _LOG_EVERY_S = 60.0
 REASONS = {
     "pays": "it pays",
     "load": "steps are too full",
+    "pace": "steps with trees were slower than those without",
     "head": "guesses are worth too little; they are tried again in a hundredth of the time",
 }
 #: Worth of a token of each latency class, as a bias of scores: the price of an interactive request's nodes is halved.
@@ -86,6 +91,7 @@ class PricedBudget:
     ):
         self.value = value or ValueModel()
         self.prober = Prober()
+        self.pace = Pace()
         self.reason = "idle"
         self.price_per_s = 0.0
         self.keeps_context = True
@@ -121,6 +127,9 @@ class PricedBudget:
             self._decide(load)
         self._num_draft_rows = 0
         self._probing = set()
+        if self.is_on and self.pace.wants_plain(load.num_decoding):
+            self._drafting = {}
+            return [Allowance(uses_head=False)] * len(load.requests)
         self._drafting = self._chosen(load)
         return [self._allowance(request, load) for request in load.requests]
 
@@ -157,6 +166,7 @@ class PricedBudget:
     ) -> None:
         """See `BudgetPolicy`."""
         self.prober.earn(took_s)
+        self._time(plan, trees, paths, took_s)
         grown = [i for i, tree in enumerate(trees) if tree.num_nodes > 1 and paths[i] is not None]
         if not grown and self._num_steps % 4:
             return
@@ -173,6 +183,17 @@ class PricedBudget:
         self._tracker.observe(shape, took_s)
         if grown:
             self._learn(plan, trees, paths, grown)
+
+    def _time(
+        self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float
+    ) -> None:
+        """Counts the pace of a step without prompts whose trees are the policy's own choice."""
+        if not all(item.is_priced for item in plan.items):
+            return
+        has_trees = any(tree.num_nodes > 1 for tree in trees)
+        kind = StepKind.HEAD if self._num_draft_rows else StepKind.LOOKUP if has_trees else StepKind.PLAIN
+        num_tokens = sum(len(path.token_ids) for path in paths if path is not None)
+        self.pace.observe(kind, len(plan.items), num_tokens, took_s)
 
     def _learn(
         self,
@@ -195,8 +216,15 @@ class PricedBudget:
     def _decide(self, load: DecodeLoad) -> None:
         """Whether drafting is on, and why."""
         now = self._choose(load, load.requests, self.gains)
-        self.is_on = now.ratio >= (TURN_OFF if self.is_on else TURN_ON)
+        is_wanted = now.ratio >= (TURN_OFF if self.is_on else TURN_ON)
+        self.is_on = is_wanted and self.pace.allows(StepKind.HEAD, load.num_decoding)
         self._choice = now
+        if is_wanted and not self.is_on:
+            self.keeps_context = False
+            self.price_per_s = now.tokens_per_s
+            self.prober.stop()
+            self._tell("pace", now)
+            return
         if self.is_on:
             self.keeps_context = True
             self.price_per_s = now.tokens_per_s
@@ -289,7 +317,8 @@ class PricedBudget:
                 bias=bias,
             )
         request.worth.rested()
-        if not self._has_lookup or not request.params.is_greedy or request.room < 4 or load.fair_nodes < _LOOKUP_SHARE:
+        may_look = self._has_lookup and request.params.is_greedy and request.room >= 4
+        if not may_look or load.fair_nodes < _LOOKUP_SHARE or not self.pace.allows(StepKind.LOOKUP, load.num_decoding):
             return Allowance(keeps_context=keeps, uses_head=False)
         return Allowance(
             max_tree_nodes=min(1 + MAX_LOOKUP_DEPTH, load.fair_nodes),

@@ -1,0 +1,118 @@
+"""Whether trees kept what they promised: tokens per second of steps with trees beside those of steps without.
+
+Costs are foretold from a model, and a model errs: trees of many sizes in one batch, or a busy machine, cost more than
+was measured. So every kind of step is also timed as it comes, by load, and a kind that falls behind plain steps is left
+out for a while, longer each time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+#: What is left of an observation's weight after each later one of its kind and load.
+_FADE = 0.9
+#: Steps of a kind before it is judged, and the share of the plain pace that it must keep.
+_NUM_JUDGED, _LEAST = 6, 1.0
+#: Steps for which a kind is left out: at first, and at most.
+_FIRST_PAUSE, _LONGEST_PAUSE = 256, 4096
+#: Steps with trees behind which a plain one is timed, and how many are then.
+_PLAIN_EVERY, _NUM_PLAIN = 192, 2
+#: A step that took this many times the mean of its kind was held up by something else.
+_OUTLIER = 4.0
+
+
+class StepKind(Enum):
+    """What a step did for its decoding requests."""
+
+    PLAIN = "plain"
+    #: The draft head guessed.
+    HEAD = "head"
+    #: Only the requests' own texts did.
+    LOOKUP = "lookup"
+
+
+@dataclass(kw_only=True)
+class _Record:
+    """Decayed sums of one kind at one load."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    num: float = 0.0
+    #: Steps since it was last seen, of any kind at that load.
+    age: int = 0
+    pause: int = 0
+    next_pause: int = _FIRST_PAUSE
+
+    @property
+    def pace(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+    def forget(self) -> None:
+        self.tokens = self.seconds = self.num = 0.0
+
+
+class Pace:
+    """Timed steps by kind and load; loads that agree up to the next power of two count as one."""
+
+    def __init__(self) -> None:
+        self._records: dict[tuple[StepKind, int], _Record] = {}
+
+    def observe(self, kind: StepKind, num_decoding: int, num_tokens: int, took_s: float) -> None:
+        """Counts one step that computed no prompt.
+
+        Args:
+            kind: what it did.
+            num_decoding: requests.
+            num_tokens: that it gave all of them together.
+            took_s: its seconds.
+        """
+        load = _load(num_decoding)
+        for (_, other), record in self._records.items():
+            if other == load:
+                record.age += 1
+                record.pause = max(0, record.pause - 1)
+        record = self._record(kind, load)
+        record.age = 0
+        if record.num >= 2 and took_s * record.num > _OUTLIER * record.seconds:
+            return
+        # Per request, so that a load that shrinks within its range is no gain and no loss.
+        record.tokens = _FADE * record.tokens + num_tokens / num_decoding
+        record.seconds = _FADE * record.seconds + took_s
+        record.num = _FADE * record.num + 1.0
+        if kind is not StepKind.PLAIN:
+            self._judge(record, self._record(StepKind.PLAIN, load))
+
+    def allows(self, kind: StepKind, num_decoding: int) -> bool:
+        """False while a kind is left out at a load."""
+        return self._record(kind, _load(num_decoding)).pause == 0
+
+    def wants_plain(self, num_decoding: int) -> bool:
+        """True when the pace of plain steps at a load is not known, or was last seen long ago."""
+        load = _load(num_decoding)
+        plain = self._record(StepKind.PLAIN, load)
+        seen = max((self._record(kind, load).num for kind in (StepKind.HEAD, StepKind.LOOKUP)), default=0.0)
+        if plain.num < _NUM_PLAIN:
+            return seen >= _NUM_JUDGED / 2
+        return plain.age >= _PLAIN_EVERY
+
+    def _judge(self, record: _Record, plain: _Record) -> None:
+        if record.num < _decayed(_NUM_JUDGED) or plain.num < 1.0:
+            return
+        if record.pace < _LEAST * plain.pace:
+            record.pause, record.next_pause = record.next_pause, min(2 * record.next_pause, _LONGEST_PAUSE)
+            record.forget()
+        elif record.pace > 1.1 * plain.pace:
+            record.next_pause = _FIRST_PAUSE
+
+    def _record(self, kind: StepKind, load: int) -> _Record:
+        return self._records.setdefault((kind, load), _Record())
+
+
+def _decayed(num: int) -> float:
+    """Weight of so many observations."""
+    return (1.0 - _FADE**num) / (1.0 - _FADE) - 1e-9
+
+
+def _load(num_decoding: int) -> int:
+    return max(0, num_decoding - 1).bit_length()

@@ -1,0 +1,58 @@
+"""Steps that fall behind plain ones are left out, and tried again later."""
+
+from __future__ import annotations
+
+import pytest
+
+from jetflow_cluster.engine.pace import Pace, StepKind
+
+
+def _run(pace: Pace, kind: StepKind, *, times: int, tokens: int, took_s: float, load: int = 8) -> None:
+    for _ in range(times):
+        pace.observe(kind, load, tokens, took_s)
+
+
+@pytest.mark.parametrize("kind", [StepKind.HEAD, StepKind.LOOKUP], ids=lambda kind: kind.value)
+@pytest.mark.parametrize(("tokens", "allowed"), [(12, False), (15, False), (17, True), (30, True)])
+def test_a_kind_must_keep_the_plain_pace(kind: StepKind, tokens: int, allowed: bool) -> None:
+    pace = Pace()
+    _run(pace, StepKind.PLAIN, times=3, tokens=8, took_s=0.01)
+    _run(pace, kind, times=6, tokens=tokens, took_s=0.02)
+    assert pace.allows(kind, 8) is allowed
+    assert pace.allows(kind, 5) is allowed, "loads up to the same power of two are one"
+    assert pace.allows(kind, 4) and pace.allows(kind, 9), "other loads are not judged"
+
+
+def test_pauses_end_and_grow() -> None:
+    pace = Pace()
+    lengths = []
+    for _ in range(7):
+        _run(pace, StepKind.PLAIN, times=2, tokens=8, took_s=0.01)
+        _run(pace, StepKind.HEAD, times=6, tokens=8, took_s=0.02)
+        lengths.append(0)
+        while not pace.allows(StepKind.HEAD, 8):
+            _run(pace, StepKind.PLAIN, times=1, tokens=8, took_s=0.01)
+            lengths[-1] += 1
+    assert lengths == [256, 512, 1024, 2048, 4096, 4096, 4096]
+
+
+def test_plain_steps_are_timed_first_and_now_and_then() -> None:
+    pace = Pace()
+    assert not pace.wants_plain(1)
+    _run(pace, StepKind.HEAD, times=6, tokens=3, took_s=0.01, load=1)
+    assert pace.wants_plain(1) and not pace.wants_plain(2)
+    _run(pace, StepKind.PLAIN, times=3, tokens=1, took_s=0.006, load=1)
+    assert not pace.wants_plain(1)
+    _run(pace, StepKind.HEAD, times=191, tokens=3, took_s=0.01, load=1)
+    assert not pace.wants_plain(1)
+    _run(pace, StepKind.HEAD, times=1, tokens=3, took_s=0.01, load=1)
+    assert pace.wants_plain(1) and pace.allows(StepKind.HEAD, 1)
+
+
+def test_a_step_that_was_held_up_decides_nothing() -> None:
+    pace = Pace()
+    _run(pace, StepKind.PLAIN, times=3, tokens=8, took_s=0.01)
+    _run(pace, StepKind.HEAD, times=5, tokens=20, took_s=0.02)
+    pace.observe(StepKind.HEAD, 8, 20, 10.0)
+    _run(pace, StepKind.HEAD, times=3, tokens=20, took_s=0.02)
+    assert pace.allows(StepKind.HEAD, 8)
