@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 #: What is left of an observation's weight after each later one of its kind and load.
-_FADE = 0.9
-#: Steps of a kind before it is judged, and the share of the plain pace that it must keep.
-_NUM_JUDGED, _LEAST = 6, 1.0
+_FADE = 0.98
+#: Steps of all requests together before a kind is judged, and the fewest steps: a single request's luck varies.
+_NUM_JUDGED, _LEAST_JUDGED = 96, 6
 #: Steps for which a kind is left out: at first, and at most.
 _FIRST_PAUSE, _LONGEST_PAUSE = 256, 4096
 #: Steps with trees behind which a plain one is timed, and how many are then.
@@ -81,7 +81,7 @@ class Pace:
         record.seconds = _FADE * record.seconds + took_s
         record.num = _FADE * record.num + 1.0
         if kind is not StepKind.PLAIN:
-            self._judge(record, self._record(StepKind.PLAIN, load))
+            self._judge(record, self._record(StepKind.PLAIN, load), num_decoding)
 
     def allows(self, kind: StepKind, num_decoding: int) -> bool:
         """False while a kind is left out at a load."""
@@ -93,13 +93,14 @@ class Pace:
         plain = self._record(StepKind.PLAIN, load)
         seen = max((self._record(kind, load).num for kind in (StepKind.HEAD, StepKind.LOOKUP)), default=0.0)
         if plain.num < _NUM_PLAIN:
-            return seen >= _NUM_JUDGED / 2
+            return seen >= _LEAST_JUDGED / 2
         return plain.age >= _PLAIN_EVERY
 
-    def _judge(self, record: _Record, plain: _Record) -> None:
-        if record.num < _decayed(_NUM_JUDGED) or plain.num < 1.0:
+    def _judge(self, record: _Record, plain: _Record, num_decoding: int) -> None:
+        needed = max(_LEAST_JUDGED, _NUM_JUDGED // num_decoding)
+        if record.num < _decayed(needed) or plain.num < 1.0:
             return
-        if record.pace < _LEAST * plain.pace:
+        if record.pace < plain.pace:
             record.pause, record.next_pause = record.next_pause, min(2 * record.next_pause, _LONGEST_PAUSE)
             record.forget()
         elif record.pace > 1.1 * plain.pace:

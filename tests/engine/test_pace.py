@@ -17,10 +17,19 @@ def _run(pace: Pace, kind: StepKind, *, times: int, tokens: int, took_s: float, 
 def test_a_kind_must_keep_the_plain_pace(kind: StepKind, tokens: int, allowed: bool) -> None:
     pace = Pace()
     _run(pace, StepKind.PLAIN, times=3, tokens=8, took_s=0.01)
-    _run(pace, kind, times=6, tokens=tokens, took_s=0.02)
+    _run(pace, kind, times=12, tokens=tokens, took_s=0.02)
     assert pace.allows(kind, 8) is allowed
     assert pace.allows(kind, 5) is allowed, "loads up to the same power of two are one"
     assert pace.allows(kind, 4) and pace.allows(kind, 9), "other loads are not judged"
+
+
+def test_a_single_request_may_have_bad_luck_for_a_while() -> None:
+    pace = Pace()
+    _run(pace, StepKind.PLAIN, times=3, tokens=1, took_s=0.01, load=1)
+    _run(pace, StepKind.HEAD, times=95, tokens=1, took_s=0.02, load=1)
+    assert pace.allows(StepKind.HEAD, 1)
+    _run(pace, StepKind.HEAD, times=1, tokens=1, took_s=0.02, load=1)
+    assert not pace.allows(StepKind.HEAD, 1)
 
 
 def test_pauses_end_and_grow() -> None:
@@ -28,7 +37,7 @@ def test_pauses_end_and_grow() -> None:
     lengths = []
     for _ in range(7):
         _run(pace, StepKind.PLAIN, times=2, tokens=8, took_s=0.01)
-        _run(pace, StepKind.HEAD, times=6, tokens=8, took_s=0.02)
+        _run(pace, StepKind.HEAD, times=12, tokens=8, took_s=0.02)
         lengths.append(0)
         while not pace.allows(StepKind.HEAD, 8):
             _run(pace, StepKind.PLAIN, times=1, tokens=8, took_s=0.01)
@@ -52,7 +61,7 @@ def test_plain_steps_are_timed_first_and_now_and_then() -> None:
 def test_a_step_that_was_held_up_decides_nothing() -> None:
     pace = Pace()
     _run(pace, StepKind.PLAIN, times=3, tokens=8, took_s=0.01)
-    _run(pace, StepKind.HEAD, times=5, tokens=20, took_s=0.02)
+    _run(pace, StepKind.HEAD, times=11, tokens=20, took_s=0.02)
     pace.observe(StepKind.HEAD, 8, 20, 10.0)
     _run(pace, StepKind.HEAD, times=3, tokens=20, took_s=0.02)
     assert pace.allows(StepKind.HEAD, 8)
