@@ -318,6 +318,7 @@ bench_app.command("serve", epilog="Example:\n\n  jetflow bench serve --output ou
     cli_load.serve
 )
 bench_app.command("trace", epilog="Example:\n\n  jetflow bench trace --output trace.json")(cli_load.trace)
+bench_app.command("ramp", epilog="Example:\n\n  jetflow bench ramp --output out/ramp")(cli_load.ramp)
 bench_app.command("simulate", epilog="Example:\n\n  jetflow bench simulate --output docs")(cli_load.simulate)
 
 

@@ -1,4 +1,4 @@
-"""``jetflow bench``: load, serve, trace and simulate: many requests at a time."""
+"""``jetflow bench``: load, serve, ramp, trace and simulate: many requests at a time."""
 
 from __future__ import annotations
 
@@ -146,6 +146,44 @@ def simulate(
         where = row["crossing"] or f"more than {row['points'][-1]['num_requests']}"
         stdout.print(f"{row['name']}: speculation stops to pay at {where} requests")
     stdout.print(f"wrote {output / 'simulated-qwen3-8b.md'}")
+
+
+def ramp(
+    output: Output,
+    model: opt.Model = None,
+    draft_head: opt.DraftHead = None,
+    levels: Annotated[str, typer.Option(help="Requests at a time on the way up.")] = "1,2,4,6,8,12,16,24,32,48,64",
+    level_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of each.")] = 4.0,
+    costs: Annotated[Path | None, typer.Option(help="File of a cost model; else this machine is measured.")] = None,
+    live: Annotated[bool, typer.Option(help="Run the engine itself, with a live table.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Let the load rise and fall across the point where speculation stops to pay.
+
+    On a virtual clock with measured costs: the engine's scheduler and policy, synthetic guesses. It is judged against
+    `off` in windows of 2 seconds.
+    """
+    from jetflow_cluster.bench.load.ramp import RampProfile
+    from jetflow_cluster.bench.load.ramp_bench import RampBenchConfig, run_live_ramp, run_ramp_bench
+
+    config = RampBenchConfig(
+        output_dir=output,
+        profile=RampProfile(levels=opt.read_numbers("levels", levels), level_s=level_seconds),
+        costs=costs,
+        model=model,
+        draft_head=draft_head,
+        seeds=(seed, seed + 1, seed + 2),
+    )
+    if live:
+        run_live_ramp(config, stdout)
+        stdout.print(f"wrote {output / 'live.json'}")
+        return
+    for row in run_ramp_bench(config, stderr)["rows"]:
+        verdict = "holds" if row["holds"] else "DOES NOT HOLD"
+        stdout.print(
+            f"{row['name']}: worst window {row['worst_ratio_to_off']:.2f} of off, {row['num_turns']} turns: {verdict}"
+        )
+    stdout.print(f"wrote {output / 'results.json'} and {output / 'ramp.png'}")
 
 
 def _words(text: str) -> tuple[str, ...]:
