@@ -27,6 +27,7 @@ from jetflow_cluster.cluster.shard import die
 from jetflow_cluster.engine.resolve import checkpoints
 from jetflow_cluster.router.config import RouterConfig
 from jetflow_cluster.router.ports import is_free
+from jetflow_cluster.router.safety import is_loopback
 from jetflow_cluster.router.server import RouterServer
 
 _log = logging.getLogger(__name__)
@@ -91,7 +92,10 @@ class Router:
         tokenizer = str(target) if (Path(target) / "tokenizer.json").exists() else None
         self._config = RouterConfig(
             router_id=self._id,
+            host=_public_host(config),
+            internal_host=get_node_ip_address(),
             port=config.grpc_port,
+            safety=config.safety_config(),
             http_port=config.http_port,
             share_ports=True,
             tokenizer=tokenizer,
@@ -114,7 +118,8 @@ class Router:
             if port:
                 await self._wait_for_port(name, port)
         server = RouterServer(self._config, metrics=RayMetrics({"router_id": self._id}))
-        address = f"{get_node_ip_address()}:{await server.start()}"
+        await server.start()
+        address = server.peer_address
         self._server = server
         # What is there now stays: the collector need not look at it again and hold streams up.
         gc.collect()
@@ -128,7 +133,14 @@ class Router:
         """Where it listens."""
         await self.check_health()
         assert self._server is not None
-        return f"{get_node_ip_address()}:{self._server.port}"
+        host = self._config.host
+        return f"{host if is_loopback(host) else get_node_ip_address()}:{self._server.port}"
+
+    async def is_serving(self) -> bool:
+        """Whether requests can be served now."""
+        await self.check_health()
+        assert self._server is not None
+        return self._server.is_serving
 
     async def overview(self) -> dict[str, Any]:
         """All replicas and routers: addresses, processes, seconds by phase of their start. See `Directory.overview`."""
@@ -239,6 +251,14 @@ def autoscaling_config(config: ClusterConfig) -> dict[str, Any] | None:
         "downscale_delay_s": config.downscale_delay_s,
         "policy": policy,
     }
+
+
+def _public_host(config: ClusterConfig) -> str:
+    """Where a router of this node listens; nodes on one machine may each have a loopback address of their own."""
+    if config.host is not None:
+        return config.host
+    own = get_node_ip_address()
+    return own if is_loopback(own) else "127.0.0.1"
 
 
 def _own_id() -> str:

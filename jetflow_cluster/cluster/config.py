@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from jetflow_cluster.config import EngineConfig
+from jetflow_cluster.router.safety import SafetyConfig
 
 DRAFT_PLACEMENTS = ("colocated", "dedicated")
 LOG_LEVELS, LOG_FORMATS = ("debug", "info", "warning", "error"), ("json", "text")
@@ -58,6 +59,21 @@ class ClusterConfig:
     num_cpus_per_actor: float = 1.0
     #: Threads of a shard or draft worker without a GPU; None shares the node's cores out.
     num_threads_per_actor: int | None = None
+    #: Interface that the routers listen on; None is loopback.
+    host: str | None = None
+    #: PEM files of the routers' certificate chain and its key; None serves without TLS.
+    tls_cert_file: str | None = None
+    tls_key_file: str | None = None
+    #: PEM file of the authorities whose clients' certificates are let in; None asks for none.
+    tls_client_ca_file: str | None = None
+    #: YAML file of the tokens that are let in, on every node; None lets anybody in.
+    token_file: str | None = None
+    #: What each token may use: calls and tokens per second, and calls at once; None is no limit.
+    requests_per_s: float | None = None
+    tokens_per_s: float | None = None
+    max_concurrent_requests: int | None = None
+    #: Listen beyond loopback even without TLS and tokens.
+    allow_insecure: bool = False
     #: Port of the routers' gRPC server.
     grpc_port: int = 9000
     #: Port of the routers' OpenAI-compatible API over HTTP; 0 takes a free one, None serves none.
@@ -137,6 +153,12 @@ class ClusterConfig:
                 "dedicated placement needs at least 1, colocated has none"
             )
         self.engine_config()
+        if self.host is not None:
+            self.safety_config().check_host(self.host)
+
+    def safety_config(self) -> SafetyConfig:
+        """Who may call the routers, and how much."""
+        return SafetyConfig(**{field.name: getattr(self, field.name) for field in fields(SafetyConfig)})
 
     def _check_scaling(self) -> None:
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:

@@ -66,7 +66,8 @@ class Directory:
         await self._refresh()
         found: dict[str, dict[str, dict[str, Any]]] = {"replicas": {}, "routers": {}}
         for (kind, name), entry in self._seen.items():
-            found[f"{kind}s"][name] = {"address": entry.address, **entry.about}
+            # An address may come with the secret that lets others in.
+            found[f"{kind}s"][name] = {"address": entry.address.rpartition("@")[2], **entry.about}
         return found
 
     async def _refresh(self) -> None:

@@ -7,6 +7,7 @@ import datetime
 import gc
 import logging
 import os
+import secrets
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ from jetflow_cluster.metrics import Metrics
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
+from jetflow_cluster.rpc.secret import with_secret
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ class Loaded:
 class Served:
     """What rank 0 serves."""
 
-    #: Host and port of the data plane.
+    #: Host and port of the data plane, with the secret that lets routers in.
     address: str
     #: Seconds by phase of the start.
     phases: dict[str, float]
@@ -212,6 +214,7 @@ class TargetShard:
         server_config = ReplicaServerConfig(
             replica_id=self._replica_id,
             host=self._host,
+            secret=secrets.token_hex(16),
             model_name=self._config.served_model_name,
             num_draft_workers=self._config.num_draft_workers,
             drain_timeout_s=self._config.drain_timeout_s,
@@ -241,7 +244,7 @@ class TargetShard:
         try:
             self._server = ReplicaServer(config, self._frontend, metrics=self._metrics)
             port = self._loop.run_until_complete(self._server.start())
-            ready.set_result(f"{self._host}:{port}")
+            ready.set_result(with_secret(config.secret, f"{self._host}:{port}"))
         except BaseException as error:
             ready.set_exception(error)
             return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from jetflow_cluster.router.safety import SafetyConfig
 
 MAX_ID_CHARS = 48
 #: Separates the parts of a request id.
@@ -24,9 +26,13 @@ class RouterConfig:
     #: Name of this router among its peers; part of the request ids that it gives.
     router_id: str = "router-0"
     #: Interface that the server listens on.
-    host: str = "0.0.0.0"
+    host: str = "127.0.0.1"
     #: Port of the API; 0 takes a free one.
     port: int = 9000
+    #: Interface of a port for the other routers, which is opened when callers have to show who they are.
+    internal_host: str = "127.0.0.1"
+    #: Who may call, and how much.
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     #: Port of the OpenAI-compatible API over HTTP; 0 takes a free one, None serves none.
     http_port: int | None = None
     #: HTTP connections that may be open at once; further ones are refused.
@@ -89,6 +95,7 @@ class RouterConfig:
             raise ValueError(f"http_port = {self.http_port}: must be in [0, 65535], or None")
         if not self.host:
             raise ValueError(f"host = {self.host!r}: must not be empty")
+        self.safety.check_host(self.host)
         counts = "max_queued_tokens max_replica_tokens prefix_page_size max_prefix_pages max_index_pages"
         for name in (*counts.split(), "max_fruitless_attempts", "max_http_connections"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")

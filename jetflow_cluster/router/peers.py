@@ -11,6 +11,7 @@ import grpc
 
 from jetflow_cluster.router.request_ids import owner_of
 from jetflow_cluster.rpc.options import CHANNEL_OPTIONS
+from jetflow_cluster.rpc.secret import split_address
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.rpc.v1 import inference_pb2_grpc
 
@@ -52,10 +53,13 @@ class Peers:
         await asyncio.gather(*(channel.close() for channel in channels.values()))
 
     async def _abort_at(self, name: str, request_ids: list[str]) -> list[str]:
-        stub: Any = inference_pb2_grpc.JetFlowInferenceStub(self._channel(self._addresses[name]))
+        address, secret = split_address(self._addresses[name])
+        stub: Any = inference_pb2_grpc.JetFlowInferenceStub(self._channel(address))
         message = pb.AbortRequestRequest(request_ids=request_ids)
         try:
-            answer = await stub.AbortRequest(message, timeout=_TIMEOUT_S, metadata=((FORWARDED, self._router_id),))
+            answer = await stub.AbortRequest(
+                message, timeout=_TIMEOUT_S, metadata=((FORWARDED, self._router_id), *secret)
+            )
         except grpc.RpcError as error:
             _log.warning("router %s does not answer: %s", name, error.code())
             return []

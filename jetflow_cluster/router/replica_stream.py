@@ -11,6 +11,7 @@ import grpc
 from jetflow_cluster.router.config import RouterConfig
 from jetflow_cluster.router.outbox import Outbox
 from jetflow_cluster.rpc.options import CHANNEL_OPTIONS
+from jetflow_cluster.rpc.secret import split_address
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.rpc.v1 import replica_pb2 as rpb
 from jetflow_cluster.rpc.v1 import replica_pb2_grpc
@@ -25,7 +26,7 @@ class ReplicaStream:
     """A connection of its own with the `Attach` stream on it.
 
     Args:
-        address: ``host:port`` of the replica's data plane.
+        address: ``host:port`` of the replica's data plane, with its secret before it if it has one.
         config: of the router.
         outbox: what is sent.
         on_card: told what the replica serves, once.
@@ -48,12 +49,14 @@ class ReplicaStream:
         self._silent_s = 0.0
         self._has_frames = False
         self._stub: Any = None
+        self._secret: tuple[tuple[str, str], ...] = ()
 
     async def run(self) -> None:
         """Keeps the stream until it breaks, and raises the reason."""
-        channel = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
+        address, self._secret = split_address(self._address)
+        channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._stub = replica_pb2_grpc.JetFlowReplicaStub(channel)
-        call = self._stub.Attach()
+        call = self._stub.Attach(metadata=self._secret)
         parts = (self._read(call), self._write(call), self._watch(), self._describe())
         tasks = [asyncio.create_task(part) for part in parts]
         try:
@@ -70,7 +73,7 @@ class ReplicaStream:
 
     async def encode(self, request: pb.TokenizeRequest, timeout_s: float) -> pb.TokenizeResponse:
         """Token ids by the replica's tokenizer and chat template. Raises `grpc.RpcError`."""
-        return await self._stub.Encode(request, timeout=timeout_s)
+        return await self._stub.Encode(request, timeout=timeout_s, metadata=self._secret)
 
     async def _read(self, call: Any) -> None:
         while (frame := await call.read()) is not grpc.aio.EOF:
@@ -84,7 +87,8 @@ class ReplicaStream:
             await call.write(await self._outbox.next_frame(self._config.ping_s))
 
     async def _describe(self) -> None:
-        self._on_card(await self._stub.Describe(pb.GetModelCardRequest(), timeout=self._config.connect_timeout_s))
+        limit_s = self._config.connect_timeout_s
+        self._on_card(await self._stub.Describe(pb.GetModelCardRequest(), timeout=limit_s, metadata=self._secret))
 
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Mapping
 
 import grpc
@@ -12,17 +13,22 @@ from grpc_reflection.v1alpha import reflection
 
 from jetflow_cluster import metrics as m
 from jetflow_cluster.metrics import Metrics
+from jetflow_cluster.router.callers import TokenFile
 from jetflow_cluster.router.config import RouterConfig
 from jetflow_cluster.router.dispatcher import Dispatcher
+from jetflow_cluster.router.gate import Gate
+from jetflow_cluster.router.gate_interceptor import GateInterceptor
 from jetflow_cluster.router.health import HealthServicer
 from jetflow_cluster.router.peers import Peers
 from jetflow_cluster.router.servicer import InferenceServicer
 from jetflow_cluster.router.text import TextCodec
+from jetflow_cluster.router.tls import ServerCertificate
 from jetflow_cluster.router.web.app import HttpApi, http_app
 from jetflow_cluster.router.web.server import HttpServer
 from jetflow_cluster.rpc.errors import StatusError
 from jetflow_cluster.rpc.interceptor import ErrorInterceptor
 from jetflow_cluster.rpc.options import SERVER_OPTIONS
+from jetflow_cluster.rpc.secret import SecretInterceptor, with_secret
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.rpc.v1 import inference_pb2_grpc
 
@@ -45,6 +51,7 @@ class RouterServer:
 
     Raises:
         FileNotFoundError: `config.tokenizer` names no tokenizer.
+        OSError, ValueError: the files of tokens or certificates cannot be read, or have a fault.
     """
 
     def __init__(self, config: RouterConfig, *, metrics: Metrics | None = None):
@@ -59,6 +66,16 @@ class RouterServer:
         self._server: grpc.aio.Server | None = None
         self._teller: asyncio.Task[None] | None = None
         self._http: HttpServer | None = None
+        safety = config.safety
+        tokens = TokenFile(safety.token_file, safety.limits) if safety.token_file is not None else None
+        self._gate = Gate(tokens, safety.limits)
+        self._certificate: ServerCertificate | None = None
+        if safety.tls_cert_file is not None and safety.tls_key_file is not None:
+            files = (safety.tls_cert_file, safety.tls_key_file, safety.tls_client_ca_file)
+            self._certificate = ServerCertificate(*files)
+        #: Where other routers reach this one, with the secret that lets them in.
+        self.peer_address = ""
+        self._peer_server: grpc.aio.Server | None = None
 
     @property
     def is_serving(self) -> bool:
@@ -76,13 +93,21 @@ class RouterServer:
         Raises:
             RuntimeError: the port is taken; OSError where it is that of HTTP.
         """
-        server = self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_options(self.config))
+        interceptors = [ErrorInterceptor(), GateInterceptor(self._gate)]
+        server = self._server = grpc.aio.server(interceptors=interceptors, options=_options(self.config))
         inference_pb2_grpc.add_JetFlowInferenceServicer_to_server(self._servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((SERVICE, health_service, reflection.SERVICE_NAME), server)
-        self.port = server.add_insecure_port(f"{self.config.host}:{self.config.port}")
+        address = f"{self.config.host}:{self.config.port}"
+        if self._certificate is None:
+            self.port = server.add_insecure_port(address)
+        else:
+            self.port = server.add_secure_port(address, self._certificate.grpc_credentials())
         await server.start()
+        self.peer_address = f"{self.config.host}:{self.port}"
+        if self.config.safety.is_guarded:
+            await self._start_for_peers()
         self._teller = asyncio.create_task(self._tell())
         if self.config.http_port is not None:
             self.http_port = await self._start_http(self.config.http_port)
@@ -156,8 +181,10 @@ class RouterServer:
         http, self._http = self._http, None
         if http is not None:
             await http.stop()
-        if server is not None:
-            await server.stop(_STOP_GRACE_S)
+        peer_server, self._peer_server = self._peer_server, None
+        for each in (server, peer_server):
+            if each is not None:
+                await each.stop(_STOP_GRACE_S)
         await self._dispatcher.replicas.close()
         await self._peers.close()
         if self._codec is not None:
@@ -172,13 +199,24 @@ class RouterServer:
             gauge(m.ROUTER_REPLICAS, dispatcher.replicas.num_serving)
             await asyncio.sleep(_TELL_S)
 
+    async def _start_for_peers(self) -> None:
+        secret = secrets.token_hex(16)
+        interceptors = [ErrorInterceptor(), SecretInterceptor(secret)]
+        server = self._peer_server = grpc.aio.server(interceptors=interceptors, options=_options(self.config))
+        inference_pb2_grpc.add_JetFlowInferenceServicer_to_server(self._servicer, server)
+        host = self.config.internal_host
+        port = server.add_insecure_port(f"{host}:0")
+        await server.start()
+        self.peer_address = with_secret(secret, f"{host}:{port}")
+
     async def _start_http(self, port: int) -> int:
-        api = HttpApi(self._servicer, self._codec, lambda: self.is_serving)
+        api = HttpApi(self._servicer, self._codec, lambda: self.is_serving, self._gate)
         config = self.config
         self._http = HttpServer(
             http_app(api.routes()),
             config.host,
             port,
+            certificate=self._certificate,
             stall_s=config.client_stall_s,
             max_connections=config.max_http_connections,
             share_port=config.share_ports,

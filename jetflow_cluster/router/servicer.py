@@ -11,6 +11,7 @@ from typing import Any
 
 from jetflow_cluster.router.delivery import Delivery
 from jetflow_cluster.router.dispatcher import Dispatcher
+from jetflow_cluster.router.gate import charge
 from jetflow_cluster.router.peers import FORWARDED, Peers
 from jetflow_cluster.router.routed_request import RoutedRequest
 from jetflow_cluster.router.text import TextCodec
@@ -24,6 +25,7 @@ from jetflow_cluster.rpc.v1 import inference_pb2_grpc
 from jetflow_cluster.types import InvalidRequestError
 
 _SEED_BITS = 63
+_STALL_RETRY_S = 1.0
 #: A request of more bytes is checked in a thread.
 _LARGE_BYTES = 65_536
 
@@ -80,7 +82,26 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
             InvalidRequestError: the request cannot be honoured.
         """
         with self._counted():
-            await (await self._make(request, time_left_s, headers)).run(emit)
+            routed = await self._make(request, time_left_s, headers)
+            await routed.run(self._metered(emit))
+
+    def _metered(self, emit: Emit) -> Emit:
+        """Counts tokens for the caller, and ends a request whose client takes nothing."""
+        count, stall_s = charge(), self._dispatcher.config.client_stall_s
+
+        async def metered(event: pb.GenerateEvent) -> None:
+            if event.HasField("delta"):
+                count(len(event.delta.token_ids))
+            elif event.HasField("started"):
+                count(event.started.prompt_tokens)
+            try:
+                async with asyncio.timeout(stall_s):
+                    await emit(event)
+            except TimeoutError:
+                message = f"the client took nothing for {stall_s:g} s"
+                raise StatusError.resource_exhausted(message, _STALL_RETRY_S) from None
+
+        return metered
 
     async def GenerateOnce(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResult:
         """One request, answered when it is finished."""

@@ -68,7 +68,9 @@ class _ClientBase:
         timeout_s: float | None,
         retry: RetryPolicy | None,
         credentials: grpc.ChannelCredentials | None,
+        token: str | None,
     ):
+        self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         self._retry = retry or RetryPolicy()
         self._timeout_s = timeout_s
         self._servers = Servers(servers, quarantine_s=self._retry.quarantine_s)
@@ -83,7 +85,7 @@ class _ClientBase:
         return Attempts(self._retry, self._servers, self._timeout_s if timeout_s is None else timeout_s)
 
     def _open_stream(self, address: str, message: pb.GenerateRequest, timeout_s: float | None) -> Any:
-        return self._stub(address).GenerateStream(message, timeout=timeout_s)
+        return self._stub(address).GenerateStream(message, timeout=timeout_s, metadata=self._metadata)
 
     def _stub(self, address: str) -> Any:
         return inference_pb2_grpc.JetFlowInferenceStub(self._channels.get(address))
@@ -111,6 +113,7 @@ class JetFlowClient(_ClientBase):
         timeout_s: seconds for each operation, with all its retries and resumes; None is no limit.
         retry: when to try again.
         credentials: for TLS, as `grpc.ssl_channel_credentials` makes them; None is an insecure channel.
+        token: shown with every call; None shows none.
 
     Every method raises `StatusError` with the gRPC code, a message and details when it failed for good, and
     `InvalidRequestError` (as `InvalidFieldsError`, with every offending field) for what cannot be honoured.
@@ -124,8 +127,9 @@ class JetFlowClient(_ClientBase):
         timeout_s: float | None = None,
         retry: RetryPolicy | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
     ):
-        super().__init__(grpc, servers, timeout_s, retry, credentials)
+        super().__init__(grpc, servers, timeout_s, retry, credentials, token)
 
     def __enter__(self) -> JetFlowClient:
         return self
@@ -199,7 +203,8 @@ class JetFlowClient(_ClientBase):
         attempts = self._attempts(timeout_s)
         while True:
             try:
-                return getattr(self._stub(attempts.address), method)(message, timeout=attempts.timeout_s)
+                call = getattr(self._stub(attempts.address), method)
+                return call(message, timeout=attempts.timeout_s, metadata=self._metadata)
             except grpc.RpcError as failure:
                 time.sleep(attempts.pause_s(error_from_rpc(failure)))
 
@@ -214,8 +219,9 @@ class AsyncJetFlowClient(_ClientBase):
         timeout_s: float | None = None,
         retry: RetryPolicy | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
     ):
-        super().__init__(grpc.aio, servers, timeout_s, retry, credentials)
+        super().__init__(grpc.aio, servers, timeout_s, retry, credentials, token)
 
     async def __aenter__(self) -> AsyncJetFlowClient:
         return self
@@ -281,6 +287,7 @@ class AsyncJetFlowClient(_ClientBase):
         attempts = self._attempts(timeout_s)
         while True:
             try:
-                return await getattr(self._stub(attempts.address), method)(message, timeout=attempts.timeout_s)
+                call = getattr(self._stub(attempts.address), method)
+                return await call(message, timeout=attempts.timeout_s, metadata=self._metadata)
             except grpc.RpcError as failure:
                 await asyncio.sleep(attempts.pause_s(error_from_rpc(failure)))

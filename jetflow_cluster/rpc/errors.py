@@ -108,6 +108,11 @@ class StatusError(RuntimeError):
         return cls(grpc.StatusCode.INVALID_ARGUMENT, describe_problems(problems), [detail])
 
     @classmethod
+    def unauthenticated(cls, message: str) -> StatusError:
+        """The caller did not show who it is."""
+        return cls(grpc.StatusCode.UNAUTHENTICATED, message)
+
+    @classmethod
     def not_found(cls, message: str) -> StatusError:
         """A model or another named thing that is not served."""
         return cls(grpc.StatusCode.NOT_FOUND, message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import logging
@@ -13,12 +14,16 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from jetflow_cluster.rpc.errors import DOMAIN, StatusError, abort_with, status_of
+from jetflow_cluster.rpc.errors import StatusError, abort_with, status_of
 from jetflow_cluster.types import InvalidRequestError
 
 _log = logging.getLogger(__name__)
 #: Different faults whose traceback is logged; further ones, and each one's repetitions, get a line.
 _MAX_TRACEBACKS = 256
+#: Answers probes by itself.
+_HEALTH = "/grpc.health.v1."
+#: Seconds that a status may wait for a client that takes nothing; then its call is cut off.
+_STATUS_S = 2.0
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -26,7 +31,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     `StatusError`, `InvalidFieldsError` and `InvalidRequestError` are told as they are. Any other exception becomes
     INTERNAL with a reference; the log has the reference and, the first time that a fault occurs, its traceback.
-    Cancellation and `context.abort` pass. Methods of other services (health, reflection) are left alone.
+    Cancellation and `context.abort` pass. Methods of the health service are left alone.
     """
 
     def __init__(self) -> None:
@@ -38,7 +43,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         """Wraps the method's handler."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or not method.startswith(f"/{DOMAIN}."):
+        if handler is None or method.startswith(_HEALTH):
             return handler
         wrap = self._guard_stream if handler.response_streaming else self._guard_unary
         kind = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
@@ -76,7 +81,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     async def _end(self, context: Any, error: Exception, method: str) -> NoReturn:
         if isinstance(error, grpc.aio.AbortError):
             raise error
-        await abort_with(context, status_of(error) or self._internal(error, method))
+        try:
+            async with asyncio.timeout(_STATUS_S):
+                await abort_with(context, status_of(error) or self._internal(error, method))
+        except TimeoutError:
+            raise asyncio.CancelledError from None
+        raise AssertionError("abort() returned")
 
     def _internal(self, error: Exception, method: str) -> StatusError:
         reference = secrets.token_hex(4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jetflow_cluster.rpc.limits import MAX_ID_CHARS, MAX_MODEL_CHARS, MAX_RESPONSE_BYTES
 
@@ -17,6 +17,8 @@ class ReplicaServerConfig:
     host: str = "0.0.0.0"
     #: Port of the data plane; 0 takes a free one.
     port: int = 0
+    #: What routers must prove to know, at least 16 characters; empty lets in whoever reaches the port.
+    secret: str = field(default="", repr=False)
     #: Name under which the model is served; None takes that of the checkpoint.
     model_name: str | None = None
     #: Dedicated draft workers that the replica has when all are there.

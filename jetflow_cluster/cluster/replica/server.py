@@ -17,6 +17,7 @@ from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.metrics import Metrics, NoMetrics
 from jetflow_cluster.rpc.interceptor import ErrorInterceptor
 from jetflow_cluster.rpc.options import SERVER_OPTIONS
+from jetflow_cluster.rpc.secret import SecretInterceptor
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.rpc.v1 import replica_pb2_grpc
 
@@ -78,7 +79,10 @@ class ReplicaServer:
             RuntimeError: the address cannot be listened on.
         """
         servicer = ReplicaServicer(self._config, self._frontend, on_state=self._note_state)
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
+        if self._config.secret:
+            interceptors.append(SecretInterceptor(self._config.secret))
+        self._server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
         replica_pb2_grpc.add_JetFlowReplicaServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._port = self._server.add_insecure_port(_address(self._config.host, self._config.port))

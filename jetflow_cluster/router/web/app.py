@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from jetflow_cluster.router.gate import Gate
 from jetflow_cluster.router.servicer import InferenceServicer
 from jetflow_cluster.router.text import TextCodec
 from jetflow_cluster.router.web.errors import HttpError, http_error, internal_error
@@ -35,19 +36,22 @@ class HttpApi:
         servicer: answers, as it does over gRPC.
         codec: the model's tokenizer, if it has one.
         is_serving: whether requests can be served now.
+        gate: before every route but that of health.
     """
 
-    def __init__(self, servicer: InferenceServicer, codec: TextCodec | None, is_serving: Callable[[], bool]):
-        self._servicer, self._codec, self._is_serving = servicer, codec, is_serving
+    def __init__(
+        self, servicer: InferenceServicer, codec: TextCodec | None, is_serving: Callable[[], bool], gate: Gate
+    ):
+        self._servicer, self._codec, self._is_serving, self._gate = servicer, codec, is_serving, gate
         self._created = int(time.time())
 
     def routes(self) -> list[Route]:
         """All of them."""
         return [
-            Route("/v1/chat/completions", _Guarded(self._chat), methods=["POST"]),
-            Route("/v1/completions", _Guarded(self._completion), methods=["POST"]),
-            Route("/v1/models", _Guarded(self._models), methods=["GET"]),
-            Route("/v1/models/{model:path}", _Guarded(self._model), methods=["GET"]),
+            Route("/v1/chat/completions", _Guarded(self._chat, self._gate), methods=["POST"]),
+            Route("/v1/completions", _Guarded(self._completion, self._gate), methods=["POST"]),
+            Route("/v1/models", _Guarded(self._models, self._gate), methods=["GET"]),
+            Route("/v1/models/{model:path}", _Guarded(self._model, self._gate), methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
         ]
 
@@ -97,8 +101,8 @@ class HttpApi:
 class _Guarded:
     """An endpoint no exception of which reaches a client but as an answer that was written for it."""
 
-    def __init__(self, endpoint: Endpoint):
-        self._endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, gate: Gate):
+        self._endpoint, self._gate = endpoint, gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_begun = False
@@ -109,8 +113,10 @@ class _Guarded:
             await send(message)
 
         try:
-            answer = await self._endpoint(Request(scope, receive))
-            await answer(scope, receive, noting)
+            request = Request(scope, receive)
+            with self._gate.enter(request.headers.get("authorization")):
+                answer = await self._endpoint(request)
+                await answer(scope, receive, noting)
         except ClientDisconnect:
             return
         except HTTPException:

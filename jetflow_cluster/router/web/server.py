@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from jetflow_cluster.router.tls import ServerCertificate
+
 #: Connections that may wait to be taken.
 _BACKLOG = 512
 _KEEP_ALIVE_S = 30
@@ -33,6 +35,7 @@ class HttpServer:
         app: the application.
         host: interface to listen on.
         port: 0 takes a free one.
+        certificate: for TLS; None serves without.
         stall_s: seconds that written bytes may wait for the client to take them; then its connection is ended.
         max_connections: open at once; further ones are answered with 503.
         share_port: let another server of this node listen there too.
@@ -44,6 +47,7 @@ class HttpServer:
         host: str,
         port: int,
         *,
+        certificate: ServerCertificate | None = None,
         stall_s: float,
         max_connections: int,
         share_port: bool = False,
@@ -60,7 +64,12 @@ class HttpServer:
             timeout_graceful_shutdown=_STOP_GRACE_S,
             limit_concurrency=max_connections,
         )
+        self._certificate = certificate
+        if certificate is not None:
+            config.load()
+            config.ssl = certificate.context
         self._server = _Server(config)
+        self._refresher: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -88,12 +97,22 @@ class HttpServer:
             await asyncio.sleep(0.001)
         if self._task.done():
             self._task.result()
+        if self._certificate is not None:
+            self._refresher = asyncio.create_task(self._refresh(self._certificate))
         return int(listener.getsockname()[1])
 
     async def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
         """Closes the port, gives calls so long to end, and closes all connections. Safe to call twice."""
+        if self._refresher is not None:
+            self._refresher.cancel()
         task, self._task = self._task, None
         if task is not None:
             self._server.config.timeout_graceful_shutdown = max(_STOP_GRACE_S, round(grace_s))
             self._server.should_exit = True
             await task
+
+    @staticmethod
+    async def _refresh(certificate: ServerCertificate) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            certificate.refresh()

@@ -1,0 +1,289 @@
+"""Certificates, tokens and secrets on the ports themselves, and clients that are refused or shed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from jetflow_cluster.router.safety import SafetyConfig
+from jetflow_cluster.rpc.client import AsyncJetFlowClient
+from jetflow_cluster.rpc.errors import StatusError
+from jetflow_cluster.rpc.limits import MAX_REQUEST_BYTES
+from jetflow_cluster.rpc.secret import SecretInterceptor, split_address, with_secret
+from jetflow_cluster.rpc.v1 import inference_pb2 as pb
+from jetflow_cluster.rpc.v1 import inference_pb2_grpc
+from jetflow_cluster.types import SamplingParams
+from support.toy_cluster import PROMPT, cluster, failure, request, run, stream, until
+from support.toy_replica import expected
+
+trustme = pytest.importorskip("trustme")
+
+TOKEN = "a-token-of-some-length"
+
+
+class Files:
+    """Certificates of an authority of their own, and a file of tokens."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.authority = folder, trustme.CA()
+        self.ca, self.cert, self.key = folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
+        self.tokens = folder / "tokens.yaml"
+        self.authority.cert_pem.write_to_path(str(self.ca))
+        self.renew()
+        self.tokens.write_text(f"- {{name: one, token: {TOKEN}}}\n")
+
+    def renew(self) -> None:
+        made = self.authority.issue_cert("localhost", "127.0.0.1")
+        made.private_key_pem.write_to_path(str(self.key))
+        made.cert_chain_pems[0].write_to_path(str(self.cert))
+        self.pem = made.cert_chain_pems[0].bytes()
+
+    def client(self) -> tuple[bytes, bytes]:
+        made = self.authority.issue_cert("client@example.org")
+        return made.private_key_pem.bytes(), made.cert_chain_pems[0].bytes()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return Files(tmp_path)
+
+
+def metadata(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)
+
+
+def fetch(port: int, path: str, *, token: str | None = None, context: ssl.SSLContext | None = None) -> tuple[int, Any]:
+    kind = "https" if context is not None else "http"
+    asked = urllib.request.Request(f"{kind}://127.0.0.1:{port}{path}")
+    if token is not None:
+        asked.add_header("authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(asked, timeout=30, context=context) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_tokens_are_wanted_over_both_protocols(files: Files) -> None:
+    async def test() -> None:
+        safety = SafetyConfig(token_file=str(files.tokens))
+        async with cluster(1, safety=safety, http_port=0) as made:
+            for options in ({}, {"metadata": metadata("another-token-it-is")}):
+                error = await failure(stream(made.stub, request(), **options))
+                assert error.code is grpc.StatusCode.UNAUTHENTICATED
+            (await stream(made.stub, request(), metadata=metadata(TOKEN))).check(request())
+            port = made.routers[0].server.http_port
+            status, body = await asyncio.to_thread(fetch, port, "/v1/models")
+            assert status == 401 and body["error"]["code"] == "invalid_api_key"
+            assert (await asyncio.to_thread(fetch, port, "/v1/models", token=TOKEN))[0] == 200
+            assert (await asyncio.to_thread(fetch, port, "/health"))[0] == 200
+            async with AsyncJetFlowClient(made.routers[0].address, token=TOKEN) as client:
+                assert await client.health()
+                found = await client.generate(PROMPT, SamplingParams(max_tokens=9, seed=1))
+                assert found.token_ids == expected(PROMPT, 1, 9).token_ids
+
+    run(test)
+
+
+@pytest.mark.parametrize("is_mutual", [False, True], ids=["tls", "mutual"])
+def test_certificates(files: Files, is_mutual: bool) -> None:
+    async def test() -> None:
+        safety = SafetyConfig(
+            tls_cert_file=str(files.cert),
+            tls_key_file=str(files.key),
+            tls_client_ca_file=str(files.ca) if is_mutual else None,
+        )
+        async with cluster(0, 1, safety=safety, http_port=0) as made:
+            server = made.routers[0].server
+            key, chain = files.client()
+            own = {"private_key": key, "certificate_chain": chain} if is_mutual else {}
+
+            async def load(**options: Any) -> Any:
+                credentials = grpc.ssl_channel_credentials(files.ca.read_bytes(), **options)
+                async with grpc.aio.secure_channel(f"localhost:{server.port}", credentials) as channel:
+                    stub: Any = inference_pb2_grpc.JetFlowInferenceStub(channel)
+                    return await stub.GetServerLoad(pb.GetServerLoadRequest(), timeout=10)
+
+            assert (await load(**own)).router_id == "router-0"
+            if is_mutual:
+                assert (await failure(load())).code is grpc.StatusCode.UNAVAILABLE
+            assert (await failure(made.stub.GetServerLoad(pb.GetServerLoadRequest(), timeout=5))).code in (
+                grpc.StatusCode.UNAVAILABLE,
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+            )
+
+            def seen() -> bytes:
+                context = ssl.create_default_context(cafile=str(files.ca))
+                if is_mutual:
+                    (files.folder / "client.pem").write_bytes(key + chain)
+                    context.load_cert_chain(files.folder / "client.pem")
+                assert fetch(server.http_port, "/health", context=context)[0] == 503
+                import socket
+
+                with (
+                    socket.create_connection(("127.0.0.1", server.http_port)) as plain,
+                    context.wrap_socket(plain, server_hostname="localhost") as wrapped,
+                ):
+                    return wrapped.getpeercert(binary_form=True) or b""
+
+            first = await asyncio.to_thread(seen)
+            files.renew()
+            wanted = ssl.PEM_cert_to_DER_cert(files.pem.decode())
+            began = time.monotonic()
+            while await asyncio.to_thread(seen) != wanted:
+                assert time.monotonic() - began < 20, "the new certificate is not served"
+                await asyncio.sleep(0.2)
+            assert first != wanted
+            assert (await load(**own)).router_id == "router-0"
+
+    run(test)
+
+
+def test_routers_end_each_others_requests_behind_tokens(files: Files) -> None:
+    async def test() -> None:
+        safety = SafetyConfig(token_file=str(files.tokens))
+        async with cluster(1, 2, safety=safety, replica={"step_s": 0.02}) as made:
+            peers = {router.server.config.router_id: router.server.peer_address for router in made.routers}
+            assert all("@" in address for address in peers.values())
+            for router in made.routers:
+                router.server.set_peers(peers)
+            message = request(900, request_id="mine")
+            task = asyncio.create_task(stream(made.stub, message, metadata=metadata(TOKEN)))
+            await until(lambda: len(made.running) == 1)
+            other = made.routers[1].stub
+            answer = await other.AbortRequest(pb.AbortRequestRequest(request_ids=["mine"]), metadata=metadata(TOKEN))
+            assert list(answer.aborted_ids) == ["mine"]
+            finished = (await task).finished
+            assert finished is not None and finished.finish_reason == pb.FINISH_REASON_ABORT
+            # Without the secret the port for routers does nothing.
+            async with grpc.aio.insecure_channel(split_address(peers["router-0"])[0]) as channel:
+                stub: Any = inference_pb2_grpc.JetFlowInferenceStub(channel)
+                for options in ({}, {"metadata": metadata(TOKEN)}):
+                    error = await failure(stub.GetServerLoad(pb.GetServerLoadRequest(), **options))
+                    assert error.code is grpc.StatusCode.UNAUTHENTICATED
+
+    run(test)
+
+
+def test_addresses_carry_secrets() -> None:
+    address = with_secret("s" * 16, "host:1")
+    assert split_address(address) == ("host:1", (("x-jetflow-secret", "s" * 16),))
+    assert split_address("host:1") == ("host:1", ()) == split_address(with_secret("", "host:1"))
+    with pytest.raises(ValueError, match="at least 16"):
+        SecretInterceptor("short")
+
+
+def test_an_oversized_message_is_refused() -> None:
+    async def test() -> None:
+        async with cluster(1) as made:
+            message = request()
+            message.token_ids.ids.extend([2**28] * (MAX_REQUEST_BYTES // 4))
+            error = await failure(stream(made.stub, message))
+            assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    run(test)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_client_that_takes_nothing_is_shed(protocol: str) -> None:
+    async def test() -> None:
+        async with cluster(1, http_port=0, client_stall_s=0.5, replica={"step_s": 0.0}) as made:
+            server = made.routers[0].server
+            if protocol == "grpc":
+                options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+                async with grpc.aio.insecure_channel(made.routers[0].address, options=options) as channel:
+                    stub: Any = inference_pb2_grpc.JetFlowInferenceStub(channel)
+                    call = stub.GenerateStream(request(4000, logprobs=64))
+                    await call.read()
+                    await until(lambda: server.num_running == 1)
+                    await until(lambda: server.num_running == 0)
+                    with pytest.raises(grpc.aio.AioRpcError):
+                        while await call.read() is not grpc.aio.EOF:
+                            pass
+            else:
+                reader, writer = await asyncio.open_connection("127.0.0.1", server.http_port, limit=1024)
+                body = json.dumps({"prompt": PROMPT, "max_tokens": 4000, "stream": True, "logprobs": 20}).encode()
+                head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+                writer.write(head.encode() + body)
+                await reader.readline()
+                await until(lambda: server.num_running == 1)
+                # The kernel's own buffers take what a toy says; nothing may be left behind in any case.
+                await until(lambda: server.num_running == 0)
+                writer.close()
+            await made.is_clean()
+
+    run(test)
+
+
+@pytest.mark.slow
+def test_honest_streams_keep_their_speed_beside_bad_clients(files: Files) -> None:
+    """Steps of a fixed time, so that what is measured is the router's part alone."""
+
+    async def speed(client: AsyncJetFlowClient, seed: int) -> float:
+        began = time.monotonic()
+        found = await client.generate(PROMPT, SamplingParams(max_tokens=200, seed=seed))
+        assert found.token_ids == expected(PROMPT, seed, 200).token_ids
+        return 200 / (time.monotonic() - began)
+
+    async def test() -> None:
+        files.tokens.write_text(
+            f"- {{name: honest, token: {TOKEN}}}\n"
+            "- {name: flood, token: this-one-floods-the-port, requests_per_s: 5, max_concurrent: 4}\n"
+            "- {name: slow, token: this-one-does-not-read, max_concurrent: 4}\n"
+        )
+        safety = SafetyConfig(token_file=str(files.tokens))
+        options = {"safety": safety, "client_stall_s": 1.0, "http_port": 0}
+        async with cluster(1, replica={"step_s": 0.03}, **options) as made:
+            address = made.routers[0].address
+            async with AsyncJetFlowClient(address, token=TOKEN, timeout_s=100) as honest:
+                alone = await asyncio.gather(*(speed(honest, seed) for seed in range(8)))
+                codes: dict[str, int] = {}
+                channels = [grpc.aio.insecure_channel(address, options=[("c", i)]) for i in range(3)]
+                large = request()
+                large.token_ids.ids.extend([2**28] * (MAX_REQUEST_BYTES // 4))
+
+                async def pester(channel: Any, token: str, message: pb.GenerateRequest, pause_s: float) -> None:
+                    stub: Any = inference_pb2_grpc.JetFlowInferenceStub(channel)
+                    while True:
+                        try:
+                            await stream(stub, message, metadata=metadata(token))
+                        except StatusError as error:
+                            codes[error.code.name] = codes.get(error.code.name, 0) + 1
+                        await asyncio.sleep(pause_s)
+
+                async def stall(channel: Any) -> None:
+                    stub: Any = inference_pb2_grpc.JetFlowInferenceStub(channel)
+                    while True:
+                        call = stub.GenerateStream(
+                            request(4000, logprobs=64), metadata=metadata("this-one-does-not-read")
+                        )
+                        await call.read()
+                        await asyncio.sleep(2)
+                        call.cancel()
+
+                bad = [pester(channels[0], "nobody-has-such-a-token", request(), 0.01) for _ in range(2)]
+                bad += [pester(channels[1], "this-one-floods-the-port", request(10), 0.01) for _ in range(4)]
+                bad += [pester(channels[1], "this-one-floods-the-port", large, 0.5)]
+                bad += [stall(channels[2]) for _ in range(4)]
+                tasks = [asyncio.create_task(each) for each in bad]
+                beside = await asyncio.gather(*(speed(honest, seed) for seed in range(8)))
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                for channel in channels:
+                    await channel.close()
+            ratio = sum(beside) / sum(alone)
+            print(f"8 honest streams kept {ratio:.2f} of their speed; refused: {codes}")
+            assert ratio >= 0.8
+            assert codes["UNAUTHENTICATED"] > 20 and codes["RESOURCE_EXHAUSTED"] > 20
+            await made.is_clean()
+
+    run(test)
