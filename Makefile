@@ -65,9 +65,9 @@ format: $(STAMP) ## Rewrite the sources as `make lint` wants them
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
-protos: $(STAMP) ## Generate the code of the API from protos/ into jetflow_cluster/rpc/v1
+protos: $(STAMP) ## Generate the code of the API from protos/ into jetflow_cluster/rpc
 	$(RUN)/python -m grpc_tools.protoc --proto_path=protos --python_out=. --pyi_out=. --grpc_python_out=. \
-	  $(patsubst protos/%,%,$(wildcard protos/jetflow_cluster/rpc/v1/*.proto))
+	  $(patsubst protos/%,%,$(wildcard protos/jetflow_cluster/rpc/*/*.proto))
 
 lossless: $(STAMP) ## The whole proof that speculation changes no token (up to an hour)
 	$(RUN)/python -m pytest -q -rP -m "not slow" tests/lossless tests/distribution

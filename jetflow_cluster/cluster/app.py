@@ -97,6 +97,7 @@ class Router:
             port=config.grpc_port,
             safety=config.safety_config(),
             http_port=config.http_port,
+            gateway_port=config.gateway_port,
             share_ports=True,
             tokenizer=tokenizer,
             drain_timeout_s=config.drain_timeout_s,
@@ -133,8 +134,7 @@ class Router:
         """Where it listens."""
         await self.check_health()
         assert self._server is not None
-        host = self._config.host
-        return f"{host if is_loopback(host) else get_node_ip_address()}:{self._server.port}"
+        return self._public_address
 
     async def is_serving(self) -> bool:
         """Whether requests can be served now."""
@@ -147,9 +147,14 @@ class Router:
         found: dict[str, Any] = await self._directory.overview.remote()
         return found
 
-    @staticmethod
-    def _about() -> dict[str, Any]:
-        return {"pids": {"router": os.getpid()}}
+    @property
+    def _public_address(self) -> str:
+        host, port = self._config.host, self._server.port if self._server is not None else 0
+        return f"{host if is_loopback(host) else get_node_ip_address()}:{port}"
+
+    def _about(self) -> dict[str, Any]:
+        # The address that is reported is that for other routers.
+        return {"address": self._public_address, "pids": {"router": os.getpid()}}
 
     async def _wait_for_port(self, name: str, port: int) -> None:
         """Returns when the port is free, or a router of this cluster has it, whose place this one takes.
@@ -162,7 +167,7 @@ class Router:
         while not is_free(self._config.host, port):
             try:
                 members: Members = await self._directory.members.remote()
-                if any(address.startswith(ours) for address in members.routers.values()):
+                if any(address.rpartition("@")[2].startswith(ours) for address in members.routers.values()):
                     return
             except Exception as error:
                 _log.warning("the directory does not answer: %s", type(error).__name__)

@@ -78,6 +78,8 @@ class ClusterConfig:
     grpc_port: int = 9000
     #: Port of the routers' OpenAI-compatible API over HTTP; 0 takes a free one, None serves none.
     http_port: int | None = 8000
+    #: Port of the adapter for gateways that speak `vllm.grpc.engine` (extra ``gateway``); None serves none.
+    gateway_port: int | None = None
     #: KV slots per page.
     page_size: int = 16
     #: Pages of the KV cache; None is a plan from free memory and the largest possible batch.

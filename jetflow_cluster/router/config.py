@@ -29,12 +29,14 @@ class RouterConfig:
     host: str = "127.0.0.1"
     #: Port of the API; 0 takes a free one.
     port: int = 9000
-    #: Interface of a port for the other routers, which is opened when callers have to show who they are.
+    #: Interface of the port for the other routers, which have to know its secret.
     internal_host: str = "127.0.0.1"
     #: Who may call, and how much.
     safety: SafetyConfig = field(default_factory=SafetyConfig)
     #: Port of the OpenAI-compatible API over HTTP; 0 takes a free one, None serves none.
     http_port: int | None = None
+    #: Port of `vllm.grpc.engine.VllmEngine` (extra ``gateway``); 0 takes a free one, None serves none.
+    gateway_port: int | None = None
     #: HTTP connections that may be open at once; further ones are refused.
     max_http_connections: int = 2_048
     #: Seconds that a client may take nothing of what is written for it; then its request ends.
@@ -91,8 +93,9 @@ class RouterConfig:
         check_id("router_id", self.router_id)
         if not 0 <= self.port <= 65_535:
             raise ValueError(f"port = {self.port}: must be in [0, 65535]")
-        if self.http_port is not None and not 0 <= self.http_port <= 65_535:
-            raise ValueError(f"http_port = {self.http_port}: must be in [0, 65535], or None")
+        for name in ("http_port", "gateway_port"):
+            value = getattr(self, name)
+            self._require(name, value is None or 0 <= value <= 65_535, "must be in [0, 65535], or None")
         if not self.host:
             raise ValueError(f"host = {self.host!r}: must not be empty")
         self.safety.check_host(self.host)

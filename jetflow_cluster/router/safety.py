@@ -45,11 +45,6 @@ class SafetyConfig:
             max_concurrent=self.max_concurrent_requests,
         )
 
-    @property
-    def is_guarded(self) -> bool:
-        """Whether callers have to show anything."""
-        return self.tls_cert_file is not None or self.token_file is not None
-
     def check_host(self, host: str) -> None:
         """Raises ValueError if it would be unsafe to listen there."""
         has_identity = self.token_file is not None or self.tls_client_ca_file is not None

@@ -19,6 +19,8 @@ from jetflow_cluster.router.dispatcher import Dispatcher
 from jetflow_cluster.router.gate import Gate
 from jetflow_cluster.router.gate_interceptor import GateInterceptor
 from jetflow_cluster.router.health import HealthServicer
+from jetflow_cluster.router.open_inference import SERVICE as OPEN_INFERENCE
+from jetflow_cluster.router.open_inference import OpenInferenceServicer
 from jetflow_cluster.router.peers import Peers
 from jetflow_cluster.router.servicer import InferenceServicer
 from jetflow_cluster.router.text import TextCodec
@@ -27,6 +29,7 @@ from jetflow_cluster.router.web.app import HttpApi, http_app
 from jetflow_cluster.router.web.server import HttpServer
 from jetflow_cluster.rpc.errors import StatusError
 from jetflow_cluster.rpc.interceptor import ErrorInterceptor
+from jetflow_cluster.rpc.oip import open_inference_pb2_grpc
 from jetflow_cluster.rpc.options import SERVER_OPTIONS
 from jetflow_cluster.rpc.secret import SecretInterceptor, with_secret
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
@@ -76,6 +79,9 @@ class RouterServer:
         #: Where other routers reach this one, with the secret that lets them in.
         self.peer_address = ""
         self._peer_server: grpc.aio.Server | None = None
+        #: Where the adapter for gateways listens; 0 where none is served.
+        self.gateway_port = 0
+        self._gateway: grpc.aio.Server | None = None
 
     @property
     def is_serving(self) -> bool:
@@ -96,18 +102,17 @@ class RouterServer:
         interceptors = [ErrorInterceptor(), GateInterceptor(self._gate)]
         server = self._server = grpc.aio.server(interceptors=interceptors, options=_options(self.config))
         inference_pb2_grpc.add_JetFlowInferenceServicer_to_server(self._servicer, server)
+        open_inference = OpenInferenceServicer(self._servicer, lambda: self.is_serving)
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection((SERVICE, health_service, reflection.SERVICE_NAME), server)
-        address = f"{self.config.host}:{self.config.port}"
-        if self._certificate is None:
-            self.port = server.add_insecure_port(address)
-        else:
-            self.port = server.add_secure_port(address, self._certificate.grpc_credentials())
+        names = (SERVICE, OPEN_INFERENCE, health_service, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        self.port = self._add_port(server, self.config.port)
         await server.start()
-        self.peer_address = f"{self.config.host}:{self.port}"
-        if self.config.safety.is_guarded:
-            await self._start_for_peers()
+        if self.config.gateway_port is not None:
+            await self._start_gateway(self.config.gateway_port)
+        await self._start_for_peers()
         self._teller = asyncio.create_task(self._tell())
         if self.config.http_port is not None:
             self.http_port = await self._start_http(self.config.http_port)
@@ -182,7 +187,8 @@ class RouterServer:
         if http is not None:
             await http.stop()
         peer_server, self._peer_server = self._peer_server, None
-        for each in (server, peer_server):
+        gateway, self._gateway = self._gateway, None
+        for each in (server, peer_server, gateway):
             if each is not None:
                 await each.stop(_STOP_GRACE_S)
         await self._dispatcher.replicas.close()
@@ -198,6 +204,28 @@ class RouterServer:
             gauge(m.ROUTER_WAITING_TOKENS, dispatcher.admission.num_tokens)
             gauge(m.ROUTER_REPLICAS, dispatcher.replicas.num_serving)
             await asyncio.sleep(_TELL_S)
+
+    def _add_port(self, server: grpc.aio.Server, port: int) -> int:
+        address = f"{self.config.host}:{port}"
+        if self._certificate is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, self._certificate.grpc_credentials()))
+
+    async def _start_gateway(self, port: int) -> None:
+        try:
+            from smg_grpc_proto.generated import vllm_engine_pb2_grpc
+
+            from jetflow_cluster.router.vllm_engine import VllmEngineServicer
+        except ImportError as error:
+            message = f"gateway_port = {port}: needs smg-grpc-proto; pip install 'jetflow-cluster[gateway]' ({error})"
+            raise ValueError(message) from None
+        interceptors = [ErrorInterceptor(), GateInterceptor(self._gate)]
+        server = self._gateway = grpc.aio.server(interceptors=interceptors, options=_options(self.config))
+        servicer = VllmEngineServicer(self._servicer, lambda: self.is_serving, self.config.tokenizer)
+        vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self.gateway_port = self._add_port(server, port)
+        await server.start()
 
     async def _start_for_peers(self) -> None:
         secret = secrets.token_hex(16)

@@ -81,6 +81,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     async def _end(self, context: Any, error: Exception, method: str) -> NoReturn:
         if isinstance(error, grpc.aio.AbortError):
             raise error
+        if isinstance(error, NotImplementedError):
+            error = StatusError(grpc.StatusCode.UNIMPLEMENTED, "this method is not served")
         try:
             async with asyncio.timeout(_STATUS_S):
                 await abort_with(context, status_of(error) or self._internal(error, method))

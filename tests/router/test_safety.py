@@ -192,6 +192,11 @@ def test_an_oversized_message_is_refused() -> None:
     run(test)
 
 
+async def rest(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_a_client_that_takes_nothing_is_shed(protocol: str) -> None:
     async def test() -> None:
@@ -206,8 +211,7 @@ def test_a_client_that_takes_nothing_is_shed(protocol: str) -> None:
                     await until(lambda: server.num_running == 1)
                     await until(lambda: server.num_running == 0)
                     with pytest.raises(grpc.aio.AioRpcError):
-                        while await call.read() is not grpc.aio.EOF:
-                            pass
+                        await rest(call)
             else:
                 reader, writer = await asyncio.open_connection("127.0.0.1", server.http_port, limit=1024)
                 body = json.dumps({"prompt": PROMPT, "max_tokens": 4000, "stream": True, "logprobs": 20}).encode()

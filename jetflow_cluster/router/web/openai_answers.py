@@ -9,7 +9,8 @@ from typing import Any
 from jetflow_cluster.router.web.openai_requests import ApiRequest
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 
-_REASONS: dict[int, str] = {
+#: Of a finish.
+REASONS: dict[int, str] = {
     pb.FINISH_REASON_STOP: "stop",
     pb.FINISH_REASON_LENGTH: "length",
     pb.FINISH_REASON_ABORT: "abort",
@@ -50,7 +51,7 @@ class Answer:
             self._num_chars += len(delta.text)
             return [self._chunk({"content": delta.text}, text=delta.text, logprobs=logprobs, delta=delta)]
         self._finished = event.finished
-        last = self._chunk({}, reason=_REASONS[self._finished.finish_reason])
+        last = self._chunk({}, reason=REASONS[self._finished.finish_reason])
         last["jetflow"] = self._extras()
         if not self._request.has_usage:
             return [last]
@@ -71,7 +72,7 @@ class Answer:
     def whole(self) -> dict[str, Any]:
         """The answer in one piece, behind the last event."""
         text = "".join(self._text)
-        choice: dict[str, Any] = {"index": 0, "finish_reason": _REASONS[self._finished.finish_reason]}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": REASONS[self._finished.finish_reason]}
         choice["logprobs"] = self._logprobs_of(self._logprobs)
         if self._is_chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
