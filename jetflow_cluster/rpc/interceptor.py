@@ -49,9 +49,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         kind = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         deserialize = handler.request_deserializer
+        is_raw = handler.request_streaming or deserialize is None
         return make(
             wrap(getattr(handler, kind), method),
-            request_deserializer=deserialize if handler.request_streaming else _Reader(deserialize),
+            request_deserializer=deserialize if is_raw else _Reader(deserialize),
             response_serializer=handler.response_serializer,
         )
 
