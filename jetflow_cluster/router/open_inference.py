@@ -6,8 +6,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from jetflow_cluster import __version__
 from jetflow_cluster.router.servicer import InferenceServicer
+from jetflow_cluster.router.version import installed_version
 from jetflow_cluster.router.web.openai_answers import REASONS
 from jetflow_cluster.router.web.openai_requests import read_request
 from jetflow_cluster.rpc.errors import InvalidFieldsError, StatusError
@@ -59,7 +59,7 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
 
     async def ServerMetadata(self, request: oip.ServerMetadataRequest, context: Any) -> oip.ServerMetadataResponse:
         """Name and version of the server."""
-        return oip.ServerMetadataResponse(name="jetflow-cluster", version=__version__)
+        return oip.ServerMetadataResponse(name="jetflow-cluster", version=installed_version())
 
     async def ModelMetadata(self, request: oip.ModelMetadataRequest, context: Any) -> oip.ModelMetadataResponse:
         """Names and types of what goes in and comes out."""

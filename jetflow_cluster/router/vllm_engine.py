@@ -13,8 +13,8 @@ from typing import Any
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
-from jetflow_cluster import __version__
 from jetflow_cluster.router.servicer import InferenceServicer
+from jetflow_cluster.router.version import installed_version
 from jetflow_cluster.rpc import checks
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.types import InvalidRequestError
@@ -99,7 +99,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         loads = [_load(rank, load) for rank, load in enumerate(self._servicer.load().replicas)]
         wanted = [load for load in loads if not request.HasField("dp_rank") or load.dp_rank == request.dp_rank]
         now = datetime.datetime.now(datetime.UTC).isoformat()
-        return vllm.GetLoadsResponse(timestamp=now, version=__version__, dp_rank_count=len(loads), loads=wanted)
+        return vllm.GetLoadsResponse(timestamp=now, version=installed_version(), dp_rank_count=len(loads), loads=wanted)
 
 
 def _message(request: Any) -> pb.GenerateRequest:

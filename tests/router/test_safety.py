@@ -240,7 +240,7 @@ def test_honest_streams_keep_their_speed_beside_bad_clients(files: Files) -> Non
     async def test() -> None:
         files.tokens.write_text(
             f"- {{name: honest, token: {TOKEN}}}\n"
-            "- {name: flood, token: this-one-floods-the-port, requests_per_s: 5, max_concurrent: 4}\n"
+            "- {name: flood, token: this-one-floods-the-port, requests_per_s: 1, max_concurrent: 4}\n"
             "- {name: slow, token: this-one-does-not-read, max_concurrent: 4}\n"
         )
         safety = SafetyConfig(token_file=str(files.tokens))
