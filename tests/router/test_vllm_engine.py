@@ -55,7 +55,10 @@ def test_tokens_are_those_of_the_engine(local: LLM, frontends: list[EngineFronte
                 assert (info.served_model_name, info.max_context_length) == (target.name, 512)
                 assert (await stub.GetServerInfo(vllm.GetServerInfoRequest())).server_type == "vllm-grpc"
                 assert (await stub.HealthCheck(vllm.HealthCheckRequest())).healthy
-                assert len((await stub.GetLoads(vllm.GetLoadsRequest())).loads) == 1
+                ranks = [load.dp_rank for load in (await stub.GetLoads(vllm.GetLoadsRequest())).loads]
+                assert ranks == list(range(len(frontends)))
+                (one,) = (await stub.GetLoads(vllm.GetLoadsRequest(dp_rank=1))).loads
+                assert one.dp_rank == 1
                 embed = await failure(stub.Embed(vllm.EmbedRequest()))
                 assert embed.code is grpc.StatusCode.UNIMPLEMENTED
             await made.is_idle()
