@@ -115,7 +115,9 @@ class Router:
                 await self._start()
 
     async def _start(self) -> None:
-        for name, port in (("grpc_port", self._config.port), ("http_port", self._config.http_port)):
+        config = self._config
+        ports = {"grpc_port": config.port, "http_port": config.http_port, "gateway_port": config.gateway_port}
+        for name, port in ports.items():
             if port:
                 await self._wait_for_port(name, port)
         server = RouterServer(self._config, metrics=RayMetrics({"router_id": self._id}))

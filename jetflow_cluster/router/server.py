@@ -161,7 +161,7 @@ class RouterServer:
         """
         limit_s = self.config.drain_timeout_s if timeout_s is None else timeout_s
         self._health.close()
-        stops = [self._server.stop(limit_s)] if self._server is not None else []
+        stops = [server.stop(limit_s) for server in (self._server, self._gateway) if server is not None]
         stops += [self._http.stop(limit_s)] if self._http is not None else []
         closing = asyncio.gather(*stops)
         try:

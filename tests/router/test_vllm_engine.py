@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 
 from jetflow_cluster import LLM, SamplingParams
 from jetflow_cluster.engine.frontend import EngineFrontend
+from jetflow_cluster.router.server import RouterServer
+from jetflow_cluster.rpc.options import CHANNEL_OPTIONS
 from support.router_stack import stack
 from support.toy_cluster import cluster, failure, run, until
 
@@ -105,5 +109,32 @@ def test_abort_ends_a_request() -> None:
             told = [each async for each in call]
             assert told[-1].complete.finish_reason == "abort"
             await made.is_clean()
+
+    run(test)
+
+
+def test_the_port_goes_to_the_next_router() -> None:
+    async def test() -> None:
+        async with cluster(1, gateway_port=0, share_ports=True, replica={"step_s": 0.005}) as made:
+            first = made.routers[0].server
+            port = first.gateway_port
+            second = RouterServer(dataclasses.replace(first.config, router_id="router-1", gateway_port=port))
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
+                stub: Any = vllm_engine_pb2_grpc.VllmEngineStub(channel)
+                running = asyncio.create_task(stub.Generate(request(max_tokens=600)).read())
+                await until(lambda: len(made.running) == 1)
+                await second.start()
+                second.set_replicas({made.replicas[0].replica_id: made.replicas[0].address})
+                await until(lambda: second.is_serving)
+                leaving = asyncio.create_task(first.hand_over(60))
+                # A call of a bare stub that crosses the server's goodbye may be cancelled.
+                await asyncio.sleep(0.5)
+                for _ in range(20):
+                    assert len((await stub.Generate(request()).read()).complete.output_ids) == 24
+                assert len((await running).complete.output_ids) == 600
+                assert await leaving
+                # Request ids tell the router that gave them.
+                assert "router-1" in made.replicas[0].submits[-1].request_id
+                await second.stop()
 
     run(test)
