@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
@@ -124,7 +125,7 @@ class TransformersLoad:
         return LoadRun(seconds=seconds, outcomes=tuple(outcomes))
 
 
-class _NetworkLoad:
+class _NetworkLoad(ABC):
     """Sends requests when they are due: in a closed loop as others end, in an open one at their moments."""
 
     name: str
@@ -133,8 +134,9 @@ class _NetworkLoad:
         """See `LoadSystem`."""
         return asyncio.run(self._run(requests, num_concurrent))
 
+    @abstractmethod
     async def _run(self, requests: Sequence[LoadRequest], num_concurrent: int) -> LoadRun:
-        raise NotImplementedError
+        """One run, on its own event loop."""
 
 
 async def _send_all(
