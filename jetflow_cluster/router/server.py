@@ -153,8 +153,8 @@ class RouterServer:
     async def hand_over(self, timeout_s: float | None = None) -> bool:
         """Closes the ports, has clients connect anew, and waits for what runs; True when nothing is left.
 
-        A call that a client had sent before it heard of it is served. Where another router listens on the port, no
-        call is refused.
+        Where another router listens on the port, no call is refused; but gRPC may end one that crosses the end of its
+        connection with CANCELLED, before it is served.
 
         Args:
             timeout_s: seconds to wait; None is `config.drain_timeout_s`.
