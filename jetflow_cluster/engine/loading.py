@@ -118,15 +118,19 @@ def load_engine(
     has_own_trees = drafter_factory is None and tree_builder is None
     if uses_graphs(config, target.device) and has_own_trees:
         serve_from_graphs(engine, max_len=parts.max_model_len, recorder=CudaGraphs(target.device))
-    tokenizer_path = parts.target_dir / "tokenizer.json"
     return LoadedEngine(
         engine=engine,
-        tokenizer=Tokenizer.from_file(str(tokenizer_path)) if tokenizer_path.exists() else None,
+        tokenizer=_tokenizer_of(parts.target_dir),
         target_dir=parts.target_dir,
         max_model_len=parts.max_model_len,
         eos_token_ids=frozenset(target.config.eos_token_ids),
         memory=parts.memory,
     )
+
+
+def _tokenizer_of(target_dir: Path) -> Tokenizer | None:
+    path = target_dir / "tokenizer.json"
+    return Tokenizer.from_file(str(path)) if path.exists() else None
 
 
 def load_follower(config: EngineConfig, *, tp: TpGroup, channel: FollowerChannel, with_head: bool = True) -> Follower:

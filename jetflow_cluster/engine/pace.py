@@ -18,8 +18,8 @@ _NUM_JUDGED, _LEAST_JUDGED = 96, 6
 _FIRST_PAUSE, _LONGEST_PAUSE = 256, 4096
 #: Steps with trees behind which a plain one is timed, and how many are then.
 _PLAIN_EVERY, _NUM_PLAIN = 192, 2
-#: A step that took this many times the mean of its kind was held up by something else.
-_OUTLIER = 4.0
+#: A step that took this many times the mean of its kind was held up by something else, and counts as this many.
+_MOST = 3.0
 
 
 class StepKind(Enum):
@@ -39,8 +39,9 @@ class _Record:
     tokens: float = 0.0
     seconds: float = 0.0
     num: float = 0.0
-    #: Steps since it was last seen, of any kind at that load.
+    #: Steps at that load since it was last seen.
     age: int = 0
+    #: Steps for which it is still left out, and for how many it will be the next time.
     pause: int = 0
     next_pause: int = _FIRST_PAUSE
 
@@ -74,8 +75,8 @@ class Pace:
                 record.pause = max(0, record.pause - 1)
         record = self._record(kind, load)
         record.age = 0
-        if record.num >= 2 and took_s * record.num > _OUTLIER * record.seconds:
-            return
+        if record.num >= 2:
+            took_s = min(took_s, _MOST * record.seconds / record.num)
         # Per request, so that a load that shrinks within its range is no gain and no loss.
         record.tokens = _FADE * record.tokens + num_tokens / num_decoding
         record.seconds = _FADE * record.seconds + took_s
