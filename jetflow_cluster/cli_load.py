@@ -17,6 +17,8 @@ Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds; in each, a
 Modes = Annotated[str, typer.Option(help="auto, off, or a fixed number of nodes per tree, by comma.")]
 PromptLengths = Annotated[str, typer.Option(help="Prompt lengths in tokens, by comma, mixed in every round.")]
 OutputLengths = Annotated[str, typer.Option(help="Output lengths in tokens, by comma, mixed in every round.")]
+#: Requests of few lengths would end in step with each other, and only without speculation.
+UNEVEN_LENGTHS = "33,41,50,58,67,75,84,92"
 Add = Annotated[bool, typer.Option(help="Keep what results.json has of other loads.")]
 MaxSeconds = Annotated[float | None, typer.Option(help="Begin no further turn behind so many seconds.")]
 Seed = Annotated[int, typer.Option(help="Seed of prompts, arrivals and turns.")]
@@ -31,8 +33,8 @@ def load(
     modes: Modes = "off,auto,8,16,32,64",
     transformers_at: Annotated[str, typer.Option(help="Batch sizes of transformers, by comma.")] = "",
     prompt_lengths: PromptLengths = "32,64,128",
-    output_lengths: OutputLengths = "64",
-    requests_per_stream: Annotated[int, typer.Option(min=1, help="Requests of a round for each at a time.")] = 1,
+    output_lengths: OutputLengths = UNEVEN_LENGTHS,
+    requests_per_stream: Annotated[int, typer.Option(min=1, help="Requests of a round for each at a time.")] = 3,
     dtype: Annotated[str, typer.Option(help="Compute type.")] = "float32",
     max_seconds: MaxSeconds = None,
     add: Add = False,
@@ -75,7 +77,7 @@ def serve(
     num_rounds: Rounds = 10,
     modes: Modes = "off,auto,8,16,32,64",
     prompt_lengths: PromptLengths = "32,64,128",
-    output_lengths: OutputLengths = "32,64,96",
+    output_lengths: OutputLengths = UNEVEN_LENGTHS,
     num_requests: Annotated[int, typer.Option(min=1, help="Requests of a round: per stream (closed), or in all.")] = 2,
     server: Annotated[str | None, typer.Option(help="host:port of a running server; else one is started.")] = None,
     openai: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible server to measure beside.")] = None,

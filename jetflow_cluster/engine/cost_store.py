@@ -16,6 +16,8 @@ from jetflow_cluster.engine.cost_model import CostModel
 from jetflow_cluster.env import read_environment
 
 _log = logging.getLogger(__name__)
+#: Of what is measured: models that were measured otherwise are not read.
+_VERSION = 2
 
 
 def device_name(device: torch.device) -> str:
@@ -44,7 +46,7 @@ class CostStore:
         self, device: torch.device, described: object, *, tensor_parallel_size: int = 1, folder: Path | None = None
     ):
         name = re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).strip("-").lower()
-        digest = hashlib.sha256(f"{torch.__version__} {described!r}".encode()).hexdigest()[:12]
+        digest = hashlib.sha256(f"{_VERSION} {torch.__version__} {described!r}".encode()).hexdigest()[:12]
         self.path = (
             folder or read_environment().cache_dir.expanduser() / "costs"
         ) / f"{name}-{digest}-tp{tensor_parallel_size}.json"

@@ -15,11 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from jetflow_cluster.engine.cost_model import CostModel
+from jetflow_cluster.tree.lookup import LONE_MATCH, MATCH_BOUNDS, MATCH_GAINS, MAX_LOOKUP_DEPTH
 
 #: Tree sizes that are weighed, roots included.
 NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 #: Accepted tokens that a good head reaches with each of them: what a probe hopes for.
 HOPED = tuple(0.6 * np.log2(n) for n in NODES)
+
+#: What guesses from a request's own text must be worth over what they cost.
+_LOOKUP_MARGIN = 1.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +107,17 @@ def choose(
         ratio=float(rates[m, k, d] * plain_s / max(num, 1)),
         tokens_per_s=float(rates[m, k, d]),
     )
+
+
+def paying_match(cost: CostModel, situation: Situation) -> int | None:
+    """The shortest match of a request's own text of which some first guesses, alone in the step, are worth more than
+    they cost; None where there is none."""
+    num, depths = situation.num_requests, np.arange(1, MAX_LOOKUP_DEPTH + 1)
+    plain_s = cost.rows_s(num) + cost.request_s * num + cost.context_s * situation.num_context_tokens
+    beneath = num + cost.prompt_share * situation.num_prompt_rows
+    more_s = cost.rows_s(beneath + depths) - cost.rows_s(beneath) + cost.tree_s + cost.node_s * depths
+    pays = (MATCH_GAINS * plain_s / max(num, 1) >= _LOOKUP_MARGIN * more_s).any(1)
+    return max(MATCH_BOUNDS[int(pays.argmax())], LONE_MATCH) if pays.any() else None
 
 
 def _counts(num: int) -> np.ndarray:

@@ -190,6 +190,7 @@ class EngineFrontend:
             prompts,
             max_running=config.max_num_requests,
             max_rows=config.max_num_batched_tokens,
+            max_len=self.max_model_len,
             store=self.cost_store(),
         )
         release_compute_threads()

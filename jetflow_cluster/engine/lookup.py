@@ -11,8 +11,6 @@ from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH, ContextIndex, ContextM
 
 #: From this length on a match guesses alone: the drafter would add less than its pass costs.
 SURE_MATCH = 24
-#: From this length on a match guesses where the drafter does not.
-LONE_MATCH = 6
 #: Steps between two looks at the text of a request that does not repeat itself, where the drafter does not guess.
 _PAUSE = 3
 
@@ -28,10 +26,10 @@ class ContextLookup:
         their noise draws repeats little."""
         matches = [_match(item) for item in plan.items]
         is_sure = [
-            match is not None and match.length >= (SURE_MATCH if item.uses_head else LONE_MATCH)
+            match is not None and match.length >= (SURE_MATCH if item.uses_head else item.least_match)
             for item, match in zip(plan.items, matches, strict=True)
         ]
-        if any(is_sure):
+        if any(sure and item.uses_head for item, sure in zip(plan.items, is_sure, strict=True)):
             asked = zip(plan.items, is_sure, strict=True)
             plan = replace(plan, items=tuple(replace(i, max_tree_nodes=1) if sure else i for i, sure in asked))
         found = drafter.draft(plan) if plan.speculates else [None] * len(plan.items)
@@ -48,7 +46,7 @@ def _match(item: ScheduledRequest) -> ContextMatch | None:
     if request.context_index is None:
         request.context_index = ContextIndex()
     match = request.context_index.match(request.token_ids, min(item.max_depth, MAX_LOOKUP_DEPTH))
-    request.lookup_pause = 0 if match is not None and match.length >= LONE_MATCH else _PAUSE
+    request.lookup_pause = 0 if match is not None and match.length >= item.least_match else _PAUSE
     return match
 
 

@@ -24,10 +24,10 @@ import numpy as np
 
 from jetflow_cluster.engine.cost_model import CostModel, StepShape
 from jetflow_cluster.engine.cost_tracker import CostTracker
-from jetflow_cluster.engine.draft_choice import NODES, Choice, Gains, Situation, choose
+from jetflow_cluster.engine.draft_choice import NODES, Choice, Gains, Situation, choose, paying_match
 from jetflow_cluster.engine.pace import Pace, StepKind
 from jetflow_cluster.engine.probing import Prober
-from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, StepPlan
+from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, ScheduledRequest, StepPlan
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.value_model import ValueModel
 from jetflow_cluster.tree.accept import AcceptedPath
@@ -44,6 +44,8 @@ TURN_ON, TURN_OFF = 1.04, 1.01
 KEEP_CONTEXT = 0.93
 #: Steps between two looks at an unchanged load.
 _LOOK_EVERY = 8
+#: Such looks between two at what a better head could do, where the load is the reason.
+_HOPE_EVERY = 4
 #: Most nodes of one tree.
 _MOST_NODES = 64
 #: Rows that a request which only repeats itself adds to those that the trees share.
@@ -104,9 +106,12 @@ class PricedBudget:
         self._choice: Choice | None = None
         self._drafting: dict[int, float] = {}
         self._probing: set[int] = set()
+        #: Rows that the head computed in this step.
         self._num_draft_rows = 0
-        self._seen: tuple[int, ...] = ()
-        self._num_steps = 0
+        self._seen: tuple[int, ...] = (0,)
+        self._num_steps = self._num_decisions = 0
+        #: Shortest match of a request's own text that pays by itself; None where none does.
+        self._least_match: int | None = None
         self._logged_s: dict[str, float] = {}
 
     @property
@@ -122,21 +127,45 @@ class PricedBudget:
         """See `BudgetPolicy`."""
         seen = (load.num_decoding, len(load.requests), load.num_prompt_rows, load.fair_nodes)
         self._num_steps += 1
-        if seen != self._seen or self._num_steps % _LOOK_EVERY == 0 or (self.is_on and self._choice is None):
+        # Where nothing is drafted, only a load that falls is news.
+        is_news = seen != self._seen if self.is_on else load.num_decoding < self._seen[0]
+        if self._choice is None or is_news or self._num_steps % _LOOK_EVERY == 0:
+            self._decide(load, is_news=is_news)
             self._seen = seen
-            self._decide(load)
-        self._num_draft_rows = 0
         self._probing = set()
         if self.is_on and self.pace.wants_plain(load.num_decoding):
             self._drafting = {}
             return [Allowance(uses_head=False)] * len(load.requests)
         self._drafting = self._chosen(load)
-        return [self._allowance(request, load) for request in load.requests]
+        may_look = self._has_lookup and load.fair_nodes >= _LOOKUP_SHARE
+        may_look = may_look and self.pace.allows(StepKind.LOOKUP, load.num_decoding)
+        rests = [
+            [self._rest(load, keeps_context=k, may_look=may_look and r) for r in (False, True)] for k in (False, True)
+        ]
+        return [self._allowance(request, load, rests) for request in load.requests]
+
+    def _rest(self, load: DecodeLoad, *, keeps_context: bool, may_look: bool) -> Allowance:
+        """Of a request that does not draft."""
+        if not may_look or self._least_match is None:
+            return Allowance(keeps_context=keeps_context, uses_head=False)
+        return Allowance(
+            max_tree_nodes=min(1 + MAX_LOOKUP_DEPTH, load.fair_nodes),
+            budget_share=_LOOKUP_SHARE,
+            uses_head=False,
+            least_match=self._least_match,
+            keeps_context=keeps_context,
+        )
 
     def price(
         self, plan: StepPlan, tables: Sequence[CandidateTable | None]
     ) -> tuple[StepPlan, Sequence[CandidateTable | None]]:
         """See `BudgetPolicy`."""
+        asked = [
+            item
+            for item, table in zip(plan.items, tables, strict=True)
+            if table is not None and item.asks_head and _is_wide(table)
+        ]
+        self._num_draft_rows = self._draft_rows(asked)
         priced = [i for i, item in enumerate(plan.items) if item.is_priced]
         if all(tables[i] is None for i in priced):
             return plan, tables
@@ -144,22 +173,25 @@ class PricedBudget:
         kinds = [_kind(plan.items[i].request) for i in priced]
         for i, table in zip(priced, self.value.calibrate([tables[i] for i in priced], kinds), strict=True):
             found[i] = table
-        asked = [i for i in priced if (table := tables[i]) is not None and plan.items[i].asks_head and _is_wide(table)]
-        slots = 1 + max((plan.items[i].head_depth for i in asked), default=0)
-        self._num_draft_rows = len(asked) * (self._num_block_slots or slots)
         items = [plan.items[i] for i in priced]
+        num_draft_rows = self._draft_rows([item for item in asked if item.is_priced])
         beneath = [item for item in plan.items if not item.is_priced]
         context = sum(item.request.num_computed for item in items)
         shape = StepShape(
             num_requests=len(items),
             num_rows=len(items),
             num_context_tokens=context,
-            num_draft_rows=self._num_draft_rows,
-            num_draft_context_tokens=context if asked else 0,
+            num_draft_rows=num_draft_rows,
+            num_draft_context_tokens=context if num_draft_rows else 0,
             num_prompt_rows=sum(i.budget_share if i.is_forced else i.num_rows for i in beneath),
         )
         most = max(plan.tree_budget, sum(item.budget_share for item in items))
         return replace(plan, row_costs=self.cost.row_costs(shape, most)), found
+
+    def _draft_rows(self, asked: Sequence[ScheduledRequest]) -> int:
+        """Rows of the head where it guesses for these."""
+        slots = 1 + max((item.head_depth for item in asked), default=0)
+        return len(asked) * (self._num_block_slots or slots)
 
     def observe(
         self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float
@@ -213,8 +245,10 @@ class PricedBudget:
             if (foretold := self._drafting.get(id(request))) is not None:
                 self._levels[kind] += (path.num_accepted, foretold)
 
-    def _decide(self, load: DecodeLoad) -> None:
+    def _decide(self, load: DecodeLoad, *, is_news: bool = True) -> None:
         """Whether drafting is on, and why."""
+        self._num_decisions += 1
+        self._least_match = paying_match(self.cost, self._situation(load)) if self._has_lookup else None
         now = self._choose(load, load.requests, self.gains)
         is_wanted = now.ratio >= (TURN_OFF if self.is_on else TURN_ON)
         self.is_on = is_wanted and self.pace.allows(StepKind.HEAD, load.num_decoding)
@@ -229,6 +263,9 @@ class PricedBudget:
             self.keeps_context = True
             self.price_per_s = now.tokens_per_s
             self._tell("pays", now)
+            return
+        if self.reason == "load" and not is_news and self._num_decisions % _HOPE_EVERY:
+            self.price_per_s = now.tokens_per_s
             return
         hoped = self._choose(load, load.requests, self.gains.hoped(), is_hope=True)
         is_load = hoped.ratio < TURN_ON
@@ -250,14 +287,16 @@ class PricedBudget:
         only_all: bool = False,
     ) -> Choice:
         worths = np.array([self._worth(request, gains, is_hope=is_hope) for request in requests])
-        situation = Situation(
+        return choose(self.cost, gains, np.sort(worths)[::-1], self._situation(load), only_all=only_all)
+
+    def _situation(self, load: DecodeLoad) -> Situation:
+        return Situation(
             num_requests=load.num_decoding,
-            num_context_tokens=sum(request.num_computed for request in requests),
+            num_context_tokens=sum(request.num_computed for request in load.requests),
             num_prompt_rows=load.num_prompt_rows,
             max_nodes=max(2, min(_MOST_NODES, load.fair_nodes)),
             num_block_slots=self._num_block_slots,
         )
-        return choose(self.cost, gains, np.sort(worths)[::-1], situation, only_all=only_all)
 
     def _worth(self, request: Request, gains: Gains, *, is_hope: bool = False) -> float:
         """Factor of a request's gains: its kind, its own past, its latency class, and the tokens that it may still
@@ -300,7 +339,7 @@ class PricedBudget:
         drafted_s = self.cost.drafting_s(num * slots) + self.cost.rows_s(load.num_decoding + 7 * num) - plain_s
         return float(4 * (drafted_s + self.cost.tree_s) + 1.5 * plain_s)
 
-    def _allowance(self, request: Request, load: DecodeLoad) -> Allowance:
+    def _allowance(self, request: Request, load: DecodeLoad, rests: Sequence[Sequence[Allowance]]) -> Allowance:
         choice = self._choice
         assert choice is not None
         keeps = self.keeps_context or id(request) in self._probing
@@ -317,15 +356,7 @@ class PricedBudget:
                 bias=bias,
             )
         request.worth.rested()
-        may_look = self._has_lookup and request.params.is_greedy and request.room >= 4
-        if not may_look or load.fair_nodes < _LOOKUP_SHARE or not self.pace.allows(StepKind.LOOKUP, load.num_decoding):
-            return Allowance(keeps_context=keeps, uses_head=False)
-        return Allowance(
-            max_tree_nodes=min(1 + MAX_LOOKUP_DEPTH, load.fair_nodes),
-            budget_share=_LOOKUP_SHARE,
-            uses_head=False,
-            keeps_context=keeps,
-        )
+        return rests[keeps][request.params.is_greedy and request.room >= 4]
 
     def _tell(self, reason: str, choice: Choice) -> None:
         """One line of the log where the reason is another one, and no more than one of each in a while."""

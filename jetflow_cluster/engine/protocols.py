@@ -13,6 +13,7 @@ from jetflow_cluster.engine.request import Request
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.draft_tree import DraftTree
+from jetflow_cluster.tree.lookup import LONE_MATCH
 from jetflow_cluster.types import SpeculationMode
 
 
@@ -35,6 +36,8 @@ class ScheduledRequest:
     draft_depth: int | None = None
     #: Whether the draft head may be asked to guess; other sources may be in any case.
     uses_head: bool = True
+    #: Shortest match of the request's own text that guesses where the head does not.
+    least_match: int = LONE_MATCH
     #: Whether the draft context goes on with these rows: their hidden vectors are kept.
     keeps_context: bool = False
     #: Added to this request's scores where requests compete and are priced, fixed point.
@@ -173,6 +176,7 @@ class Allowance:
     max_depth: int | None = None
     draft_depth: int | None = None
     uses_head: bool = True
+    least_match: int = LONE_MATCH
     keeps_context: bool = True
     bias: int = 0
 

@@ -138,6 +138,7 @@ class Scheduler:
             max_depth=depth,
             draft_depth=allowance.draft_depth,
             uses_head=allowance.uses_head,
+            least_match=allowance.least_match,
             keeps_context=self._needs_draft_context and allowance.keeps_context,
             bias=allowance.bias,
         )

@@ -28,6 +28,10 @@ RUNNING = (1, 2, 4, 8, 16, 32, 64)
 MEASURED_NODES = (1, 2, 4, 8, 16, 32, 64)
 #: Rows of a step that warm-up measures at most; larger ones never pay on a device where these do not.
 MAX_ROWS = 512
+#: Running requests of which steps with long and unequal prefixes are measured, and their lengths: what attention reads
+#: and how it is divided into calls depends on both.
+UNEVEN_RUNNING = (4, 16)
+UNEVEN_LENGTHS = (64, 224, 112, 160)
 #: Below this mean acceptance length the head is most likely broken or made for another target.
 SUSPICIOUS_ACCEPTANCE = 1.1
 #: A stored model is believed when it foretells a few steps within this factor.
@@ -88,30 +92,41 @@ class _Cell:
     num_requests: int
     num_nodes: int
     depth: int | None = None
+    #: Requests with trees; None is all of them.
+    num_grown: int | None = None
 
 
 class _MeasuredBudget(FixedBudget):
-    """A tree size and depth for all, and no draft context where nothing is drafted."""
+    """A tree size and depth for a cell's requests, and no draft context where nothing is drafted."""
 
     def __init__(self, cell: _Cell):
         super().__init__(cell.num_nodes)
-        self._depth = cell.depth
+        self._cell = cell
 
     def allow(self, load: DecodeLoad) -> list[Allowance]:
         """Trees of exactly this size."""
-        nodes = self.nodes_per_tree(load.num_decoding)
-        allowance = Allowance(max_tree_nodes=nodes, budget_share=nodes, max_depth=self._depth)
-        return [allowance] * len(load.requests)
+        cell, num = self._cell, len(load.requests)
+        if cell.num_nodes == 1:
+            # As where speculation is off: nothing is kept for later.
+            return [Allowance(keeps_context=False)] * num
+        grown = Allowance(max_tree_nodes=cell.num_nodes, budget_share=cell.num_nodes, max_depth=cell.depth)
+        num_grown = num if cell.num_grown is None else cell.num_grown
+        return [grown] * num_grown + [Allowance()] * (num - num_grown)
 
 
 def measure_steps(
-    engine: Engine, make_request: RequestFactory, prompt: Sequence[int], cells: Sequence[_Cell], *, max_running: int
+    engine: Engine,
+    make_request: RequestFactory,
+    prompts: Sequence[Sequence[int]],
+    cells: Sequence[_Cell],
+    *,
+    max_running: int,
 ) -> list[tuple[StepShape, float]]:
-    """Shapes and seconds of steps: of each cell, and of the prompts on the way. Requests that the pool cannot hold at
-    once, with all that these steps write, are not measured. Cells are all plain, or all with trees: steps that keep no
-    draft context leave none for others."""
+    """Shapes and seconds of steps: of each cell, and of the prompts on the way, which requests take in turn. Requests
+    that the pool cannot hold at once, with all that these steps write, are not measured. Cells are all plain, or all
+    with trees: steps that keep no draft context leave none for others."""
     num_slots = engine.drafter.max_depth + 1 if engine.drafter else 1
-    rows = len(prompt) + len(MEASURED_NODES) * (_NUM_TIMES + 1) * num_slots + MEASURED_NODES[-1]
+    rows = max(map(len, prompts)) + len(MEASURED_NODES) * (_NUM_TIMES + 1) * num_slots + MEASURED_NODES[-1]
     page_size = engine.target.page_size
     max_running = min(max_running, engine.pool.num_pages // (-(-rows // page_size) + 1))
     samples: list[tuple[StepShape, float]] = []
@@ -121,7 +136,7 @@ def measure_steps(
     try:
         for running in sorted({cell.num_requests for cell in cells if cell.num_requests <= max_running}):
             for i in range(running):
-                engine.add(make_request(f"warmup-{i}", prompt, params))
+                engine.add(make_request(f"warmup-{i}", prompts[i % len(prompts)], params))
             engine.scheduler.budget = FixedBudget(1)
             while any(r.num_remaining_rows > 1 for r in engine.requests.values()):
                 num_rows = sum(r.num_remaining_rows for r in engine.requests.values())
@@ -130,9 +145,6 @@ def measure_steps(
                 samples.append((StepShape(num_prompt_rows=num_rows - sum(n for n in left if n > 1)), took_s))
             for cell in (cell for cell in cells if cell.num_requests == running):
                 engine.scheduler.budget = _MeasuredBudget(cell)
-                if cell.num_nodes == 1:
-                    # As where speculation is off: nothing is kept for later.
-                    engine.scheduler.budget.allow = _no_context  # type: ignore[method-assign]
                 engine.step()
                 for _ in range(_NUM_TIMES):
                     took_s = _timed(engine)
@@ -148,21 +160,17 @@ def measure_steps(
     return samples
 
 
-def _no_context(load: DecodeLoad) -> list[Allowance]:
-    return [Allowance(keeps_context=False)] * len(load.requests)
-
-
 def _shape(engine: Engine, cell: _Cell, num_slots: int) -> StepShape:
     # Rounded, so that the times of one cell are of one shape and the least counts.
     context = sum(r.num_computed for r in engine.requests.values()) // 64 * 64
-    is_drafted = cell.num_nodes > 1
+    num_grown = 0 if cell.num_nodes == 1 else cell.num_requests if cell.num_grown is None else cell.num_grown
     slots = min(num_slots, cell.depth + 1) if cell.depth else num_slots
     return StepShape(
         num_requests=cell.num_requests,
-        num_rows=cell.num_requests * cell.num_nodes,
+        num_rows=cell.num_requests + num_grown * (cell.num_nodes - 1),
         num_context_tokens=context,
-        num_draft_rows=cell.num_requests * slots if is_drafted else 0,
-        num_draft_context_tokens=context if is_drafted else 0,
+        num_draft_rows=num_grown * slots,
+        num_draft_context_tokens=context * num_grown // cell.num_requests,
     )
 
 
@@ -179,6 +187,7 @@ def measure_costs(
     *,
     max_running: int,
     max_rows: int,
+    max_len: int,
     stored: CostModel | None = None,
 ) -> CostModel | None:
     """The cost of this engine's steps; None when the pool does not hold one request for so long. A stored model is
@@ -188,8 +197,9 @@ def measure_costs(
     plain = [_Cell(num_requests=r, num_nodes=1) for r in running]
     cells = [_Cell(num_requests=r, num_nodes=n) for r in running for n in MEASURED_NODES[1:] if n * r <= most]
 
-    def measured(chosen: Sequence[_Cell]) -> list[tuple[StepShape, float]]:
-        return measure_steps(engine, make_request, prompt, chosen, max_running=max_running)
+    def measured(chosen: Sequence[_Cell], lengths: Sequence[int] = ()) -> list[tuple[StepShape, float]]:
+        prompts = [(list(prompt) * (n // len(prompt) + 1))[: min(n, max_len // 2)] for n in lengths] or [list(prompt)]
+        return measure_steps(engine, make_request, prompts, chosen, max_running=max_running)
 
     if stored is not None:
         few = [[c for c in kind if c.num_requests in (1, 8) and c.num_nodes in (1, 8)] for kind in (plain, cells)]
@@ -204,7 +214,15 @@ def measure_costs(
     if engine.drafter is not None and engine.drafter.max_depth > 3:
         shallow = [replace(cell, depth=3) for cell in cells if cell.num_requests in (1, 8) and cell.num_nodes == 4]
         cells = shallow + cells
+    uneven = [
+        _Cell(num_requests=r, num_nodes=n, num_grown=grown)
+        for r in UNEVEN_RUNNING
+        for n, grown in ((1, None), (8, None), (16, 1), (4, 2), (8, 1))
+        if r <= max_running and n * r <= most
+    ]
     samples = measured(plain) + measured(cells)
+    for is_plain in (True, False):
+        samples += measured([cell for cell in uneven if (cell.num_nodes == 1) is is_plain], UNEVEN_LENGTHS)
     return fit_costs(samples) if any(shape.num_requests for shape, _ in samples) else None
 
 
@@ -215,6 +233,7 @@ def warm_up(
     *,
     max_running: int,
     max_rows: int,
+    max_len: int,
     store: CostStore | None = None,
 ) -> BudgetPolicy:
     """Measures gains and costs, warns of a head that does not fit, and returns the policy of mode ``auto``; where
@@ -227,7 +246,13 @@ def warm_up(
         sampled = measure_gains(engine, make_request, prompts[:2], temperature=1.0, num_tokens=32)
         stored = store.load() if store is not None else None
         cost = measure_costs(
-            engine, make_request, prompts[0], max_running=max_running, max_rows=max_rows, stored=stored
+            engine,
+            make_request,
+            prompts[0],
+            max_running=max_running,
+            max_rows=max_rows,
+            max_len=max_len,
+            stored=stored,
         )
     finally:
         engine.lookup = lookup

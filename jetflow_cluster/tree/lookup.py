@@ -20,6 +20,8 @@ from jetflow_cluster.tree.build import MIN_SCORE, SCORE_UNIT, CandidateTable
 MAX_LOOKUP_DEPTH = 24
 #: Longest match that is told apart.
 MAX_MATCH = 32
+#: From this length on a match may guess by itself, where no head does.
+LONE_MATCH = 6
 #: Earlier places with the same last three tokens that are compared, the latest first.
 _MAX_PLACES = 24
 #: Least match of each row of `LOOKUP_WEIGHTS`.
@@ -125,6 +127,11 @@ LOOKUP_WEIGHTS = (
     (0.941, 0.937, 0.964, 0.977, 0.978, 0.980, 0.985, 0.993),
     (0.980, 0.980, 0.988, 0.990, 0.992, 0.993, 0.994, 0.997),
 )
+
+#: Tokens expected of the first n guesses of a match alone, ``[len(MATCH_BOUNDS), MAX_LOOKUP_DEPTH]``, column n - 1.
+MATCH_GAINS = np.array(
+    [np.cumprod([row[min(d, len(row) - 1)] for d in range(MAX_LOOKUP_DEPTH)]) for row in LOOKUP_WEIGHTS]
+).cumsum(1)
 
 
 def mix_lookup(table: CandidateTable, match: ContextMatch) -> CandidateTable:

@@ -172,3 +172,24 @@ def test_nothing_flutters_at_the_crossing(llm: LLM) -> None:
     assert sum(a != b for a, b in pairwise(states)) == 1 - states[0]
     assert states[-1]
     assert not is_on(budget, 0.7 * crossing)
+
+
+def test_steps_are_timed_as_what_they_are(llm: LLM) -> None:
+    """Steps of requests that never speculate are plain ones whatever came before; forced drafting is drafting."""
+    seen: list[tuple[str, int, int]] = []
+
+    class Watched(PricedBudget):
+        def observe(self, plan: Any, trees: Any, paths: Any, took_s: float) -> None:
+            modes = {item.request.params.speculation.mode.value for item in plan.items}
+            if len(modes) == 1 and all(item.num_rows == 1 for item in plan.items):
+                num_nodes = sum(tree.num_nodes - 1 for tree in trees)
+                seen.append((modes.pop(), num_nodes, self._num_draft_rows))
+            super().observe(plan, trees, paths, took_s)
+
+    llm.engine.scheduler.budget = Watched(COST, gains(2.0))
+    for mode in ("auto", "off", "force", "off"):
+        options = SpeculationOptions(mode=mode)
+        llm.generate([[7, 5, 3]], SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, speculation=options))
+    for mode in ("auto", "force"):
+        assert any(rows for kind, nodes, rows in seen if kind == mode and nodes)
+    assert {(nodes, rows) for kind, nodes, rows in seen if kind == "off"} == {(0, 0)}

@@ -136,6 +136,7 @@ def _sample(plan: LoadPlan, level: float, index: int, name: str, run: LoadRun, r
         "round": index,
         "system": name,
         "seconds": round(run.seconds, 6),
+        "held_s": round(run.held_s, 6),
         "tokens_per_s": round(run.tokens_per_s, 3),
         "request_tokens_per_s": round(statistics.median(o.tokens_per_s for o in run.outcomes), 3),
         "first_s": round(statistics.median(firsts), 6),

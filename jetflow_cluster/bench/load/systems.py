@@ -62,7 +62,8 @@ class EngineLoad:
             make(f"load-{i}", request.prompt.token_ids, _params(request, self._speculation))
             for i, request in enumerate(requests)
         ]
-        arrived, first, ended = ({request.request_id: 0.0 for request in made} for _ in range(3))
+        arrived, ended = ({request.request_id: 0.0 for request in made} for _ in range(2))
+        emitted: dict[str, list[tuple[float, float]]] = {request.request_id: [] for request in made}
         waiting, num_running = deque(made), 0
         began = time.perf_counter()
         try:
@@ -72,9 +73,10 @@ class EngineLoad:
                     arrived[request.request_id] = time.perf_counter()
                     engine.add(request)
                     num_running += 1
-                for delta in engine.step():
-                    now = time.perf_counter()
-                    first[delta.request_id] = first[delta.request_id] or now
+                deltas = engine.step()
+                now = time.perf_counter()
+                for delta in deltas:
+                    emitted[delta.request_id].append((now - began, len(delta.token_ids)))
                     if delta.finish_reason is not None:
                         ended[delta.request_id] = now
                         num_running -= 1
@@ -90,13 +92,14 @@ class EngineLoad:
             outcomes.append(
                 Outcome(
                     token_ids=tuple(output.token_ids),
-                    first_s=first[name] - arrived[name],
+                    first_s=began + emitted[name][0][0] - arrived[name],
                     took_s=ended[name] - arrived[name],
+                    emitted=tuple(emitted[name]),
                     num_steps=output.speculation.num_steps,
                     num_accepted=output.speculation.num_accepted_tokens,
                 )
             )
-        return LoadRun(seconds=seconds, outcomes=tuple(outcomes))
+        return LoadRun(seconds=seconds, outcomes=tuple(outcomes), num_concurrent=num_concurrent)
 
 
 class TransformersLoad:
@@ -117,12 +120,18 @@ class TransformersLoad:
             if len(lengths) > 1:
                 raise ValueError(f"output_lengths = {sorted(lengths)}: transformers completes batches of one length")
             run = self._system.run([request.prompt.token_ids for request in batch], lengths.pop())
+            seconds += run.seconds
             outcomes += [
-                Outcome(token_ids=tuple(ids), first_s=0.0, took_s=run.seconds, num_steps=len(ids) - 1)
+                Outcome(
+                    token_ids=tuple(ids),
+                    first_s=0.0,
+                    took_s=run.seconds,
+                    emitted=((seconds, len(ids)),),
+                    num_steps=len(ids) - 1,
+                )
                 for ids in run.token_ids
             ]
-            seconds += run.seconds
-        return LoadRun(seconds=seconds, outcomes=tuple(outcomes))
+        return LoadRun(seconds=seconds, outcomes=tuple(outcomes), num_concurrent=num_concurrent)
 
 
 class _NetworkLoad(ABC):
@@ -140,21 +149,26 @@ class _NetworkLoad(ABC):
 
 
 async def _send_all(
-    requests: Sequence[LoadRequest], num_concurrent: int, send: Callable[[LoadRequest], Awaitable[Outcome]]
+    requests: Sequence[LoadRequest], num_concurrent: int, send: Callable[[LoadRequest, float], Awaitable[Outcome]]
 ) -> LoadRun:
     began = time.perf_counter()
     room = asyncio.Semaphore(num_concurrent)
+    is_closed = all(request.arrives_s is None for request in requests)
 
     async def one(request: LoadRequest) -> Outcome:
         if request.arrives_s is not None:
             await asyncio.sleep(max(0.0, began + request.arrives_s - time.perf_counter()))
-            return await send(request)
+            return await send(request, began)
         async with room:
-            return await send(request)
+            return await send(request, began)
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one(request)) for request in requests]
-    return LoadRun(seconds=time.perf_counter() - began, outcomes=tuple(task.result() for task in tasks))
+    return LoadRun(
+        seconds=time.perf_counter() - began,
+        outcomes=tuple(task.result() for task in tasks),
+        num_concurrent=num_concurrent if is_closed else None,
+    )
 
 
 class GrpcLoad(_NetworkLoad):
@@ -167,18 +181,22 @@ class GrpcLoad(_NetworkLoad):
     async def _run(self, requests: Sequence[LoadRequest], num_concurrent: int) -> LoadRun:
         async with AsyncJetFlowClient(self._address, timeout_s=_TIMEOUT_S) as client:
 
-            async def send(request: LoadRequest) -> Outcome:
+            async def send(request: LoadRequest, round_began: float) -> Outcome:
                 began, first = time.perf_counter(), 0.0
                 token_ids: list[int] = []
+                emitted = []
                 stream = client.stream(request.prompt.token_ids, _params(request, self._speculation))
                 async for delta in stream:
-                    first = first or time.perf_counter()
+                    now = time.perf_counter()
+                    first = first or now
                     token_ids += delta.token_ids
+                    emitted.append((now - round_began, len(delta.token_ids)))
                 stats = stream.output.speculation
                 return Outcome(
                     token_ids=tuple(token_ids),
                     first_s=(first or time.perf_counter()) - began,
                     took_s=time.perf_counter() - began,
+                    emitted=tuple(emitted),
                     num_steps=stats.num_steps,
                     num_accepted=stats.num_accepted_tokens,
                 )
@@ -208,12 +226,12 @@ class OpenAiLoad(_NetworkLoad):
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(headers=self._headers, timeout=timeout, connector=connector) as session:
 
-            async def send(request: LoadRequest) -> Outcome:
-                return await self._send(session, request)
+            async def send(request: LoadRequest, round_began: float) -> Outcome:
+                return await self._send(session, request, round_began)
 
             return await _send_all(requests, num_concurrent, send)
 
-    async def _send(self, session: aiohttp.ClientSession, request: LoadRequest) -> Outcome:
+    async def _send(self, session: aiohttp.ClientSession, request: LoadRequest, round_began: float) -> Outcome:
         body = {
             "model": self._model,
             "prompt": request.prompt.text,
@@ -223,7 +241,8 @@ class OpenAiLoad(_NetworkLoad):
             "stream_options": {"include_usage": True},
             **self._options,
         }
-        began, first, num_tokens, num_chunks = time.perf_counter(), 0.0, None, 0
+        began, num_tokens = time.perf_counter(), None
+        chunks: list[float] = []
         async with session.post(self._url, json=body) as response:
             if response.status != 200:
                 raise RuntimeError(f"{self._url}: HTTP {response.status}: {(await response.text())[:200]}")
@@ -233,12 +252,14 @@ class OpenAiLoad(_NetworkLoad):
                     continue
                 chunk = json.loads(data)
                 if chunk.get("choices") and chunk["choices"][0].get("text"):
-                    first, num_chunks = first or time.perf_counter(), num_chunks + 1
+                    chunks.append(time.perf_counter() - round_began)
                 if chunk.get("usage"):
                     num_tokens = int(chunk["usage"]["completion_tokens"])
         took_s = time.perf_counter() - began
         if num_tokens is None:
             # A server that does not count says one chunk per token.
-            num_tokens = num_chunks
-        first_s = first - began if first else took_s
-        return Outcome(token_ids=(-1,) * num_tokens, first_s=first_s, took_s=took_s)
+            num_tokens = len(chunks)
+        first_s = round_began + chunks[0] - began if chunks else took_s
+        # Chunks do not tell how many tokens they hold: each counts as an equal share.
+        emitted = tuple((at_s, num_tokens / len(chunks)) for at_s in chunks)
+        return Outcome(token_ids=(-1,) * num_tokens, first_s=first_s, took_s=took_s, emitted=emitted)

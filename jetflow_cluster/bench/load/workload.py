@@ -28,6 +28,8 @@ class Outcome:
     #: Seconds from its arrival to its first token, and to its end.
     first_s: float
     took_s: float
+    #: Seconds from the round's begin, and the tokens that came then; in order.
+    emitted: tuple[tuple[float, float], ...]
     #: Verify steps, and guesses that they accepted; zeros where a system does not tell.
     num_steps: int = 0
     num_accepted: int = 0
@@ -45,11 +47,24 @@ class LoadRun:
     #: From the first arrival to the last end.
     seconds: float
     outcomes: tuple[Outcome, ...]
+    #: Requests at a time, in a closed loop; None in an open one.
+    num_concurrent: int | None = None
+
+    @property
+    def held_s(self) -> float:
+        """Seconds for which the load was held: until fewer requests were left than run at a time. In an open loop, and
+        where no token came before, that is the whole round."""
+        if self.num_concurrent is None:
+            return self.seconds
+        ends = sorted(outcome.emitted[-1][0] if outcome.emitted else self.seconds for outcome in self.outcomes)
+        return ends[max(0, len(ends) - self.num_concurrent)]
 
     @property
     def tokens_per_s(self) -> float:
-        """All requests' output tokens per second."""
-        return sum(len(outcome.token_ids) for outcome in self.outcomes) / self.seconds
+        """All requests' output tokens per second while the load was held. What comes behind that says how unequal the
+        last requests were, not what the load costs."""
+        held_s = self.held_s
+        return sum(num for outcome in self.outcomes for at_s, num in outcome.emitted if at_s <= held_s) / held_s
 
 
 def make_requests(
