@@ -3,10 +3,12 @@
 A pure function of a `StepShape`, a sum of parts that are each non-negative and non-decreasing in what they are named
 after::
 
-    rows      a monotone piecewise-linear curve over the target's rows, the fixed cost of a step included
+    rows      a monotone piecewise-linear curve over the target's rows, the fixed cost of a step included, where each
+              decoding request has one
     requests  per decoding request: choosing, bookkeeping, telling
     context   per token of the prefixes that decoding requests attend to
-    trees     once where the step has trees at all, and per guessed node: building, walking, committing
+    trees     what guessed nodes add to the curve of rows, times `tree_scale`; once where the step has trees at all, and
+              per guessed node: building, walking, committing
     draft     a monotone piecewise-linear curve over the draft head's rows, and per token of its contexts
     prompts   what prompt rows add to the curve of rows: they move the step along it by `prompt_share` of a row each
 
@@ -71,6 +73,8 @@ class CostModel:
     draft_context_s: float = 0.0
     #: Rows of the curve that one prompt row is worth.
     prompt_share: float = 1.0
+    #: Factor of what guessed nodes add to the curve of rows.
+    tree_scale: float = 1.0
     #: Where the figures come from, in words.
     source: str = "measured"
 
@@ -85,7 +89,7 @@ class CostModel:
                 raise ValueError(f"{name}_knots = {knots}: must increase")
             if seconds[0] < 0 or any(b < a for a, b in pairwise(seconds)):
                 raise ValueError(f"{name}_s = {seconds}: must be non-negative and non-decreasing")
-        for name in ("request_s", "context_s", "tree_s", "node_s", "draft_context_s", "prompt_share"):
+        for name in ("request_s", "context_s", "tree_s", "node_s", "draft_context_s", "prompt_share", "tree_scale"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 0")
 
@@ -95,17 +99,22 @@ class CostModel:
 
     def parts(self, shape: StepShape) -> tuple[float, ...]:
         """Seconds by part, in the order of `PARTS`."""
-        rows = self.rows_s(shape.num_rows)
+        rows, grown = self.rows_s(shape.num_requests), self.rows_s(shape.num_rows)
         moved = self.rows_s(shape.num_rows + self.prompt_share * shape.num_prompt_rows)
         num_nodes = shape.num_rows - shape.num_requests
         return (
             float(rows),
             self.request_s * shape.num_requests,
             self.context_s * shape.num_context_tokens,
-            self.tree_s + self.node_s * num_nodes if num_nodes > 0 else 0.0,
+            float(self.trees_s(shape.num_requests, num_nodes)) if num_nodes > 0 else 0.0,
             self.drafting_s(shape.num_draft_rows, shape.num_draft_context_tokens),
-            float(moved - rows),
+            float(moved - grown),
         )
+
+    def trees_s(self, beneath: float, num_nodes: Any) -> Any:
+        """Seconds of guessed nodes, at least one, over so many other rows; a number or an array by `num_nodes`."""
+        grown = self.rows_s(beneath + num_nodes) - self.rows_s(beneath)
+        return self.tree_scale * grown + self.tree_s + self.node_s * num_nodes
 
     def rows_s(self, num_rows: float | np.ndarray) -> Any:
         """Seconds of the target's pass by rows; a number, or float64 of the argument's shape."""
@@ -134,9 +143,8 @@ class CostModel:
         least = float(shape.num_requests)
         rows = np.maximum(rows, least)
         beneath = self.prompt_share * shape.num_prompt_rows
-        seconds = self.rows_s(least) + self.rows_s(rows + beneath) - self.rows_s(least + beneath)
-        seconds = seconds + self.request_s * least + self.context_s * shape.num_context_tokens
-        seconds = seconds + np.where(rows > least, self.tree_s + self.node_s * (rows - least), 0.0)
+        seconds = self.rows_s(least) + self.request_s * least + self.context_s * shape.num_context_tokens
+        seconds = seconds + np.where(rows > least, self.trees_s(least + beneath, rows - least), 0.0)
         seconds = seconds + self.drafting_s(shape.num_draft_rows, shape.num_draft_context_tokens)
         units = np.maximum(np.rint(seconds / COST_UNIT_S), 1.0).astype(np.int64)
         return np.maximum.accumulate(units)
@@ -161,6 +169,7 @@ class CostModel:
             node_s=self.node_s * trees,
             draft_context_s=self.draft_context_s * draft,
             prompt_share=self.prompt_share * prompts / rows if rows else 0.0,
+            tree_scale=self.tree_scale * trees / rows if rows else 0.0,
             source=self.source,
         )
 

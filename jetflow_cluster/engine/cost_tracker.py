@@ -29,6 +29,7 @@ class CostTracker:
         self.model = measured
         self._gram = np.zeros((len(PARTS), len(PARTS)))
         self._right = np.zeros(len(PARTS))
+        self._scales = np.ones(len(PARTS))
         self._num_waiting = 0
 
     def observe(self, shape: StepShape, took_s: float) -> None:
@@ -38,7 +39,7 @@ class CostTracker:
         if total <= 0:
             return
         share = parts / total
-        took = min(took_s, _MOST * self.model.step_s(shape)) / total
+        took = min(took_s, _MOST * float(parts @ self._scales)) / total
         self._gram = _FADE * self._gram + np.outer(share, share)
         self._right = _FADE * self._right + share * took
         self._num_waiting += 1
@@ -48,4 +49,5 @@ class CostTracker:
             # Drawn towards one common scale, so that a slower machine is slower in all its parts.
             common = max(self._right.sum(), 1e-9) / max(self._gram.sum(), 1e-9)
             scales = np.linalg.solve(self._gram + prior, self._right + _PRIOR_WEIGHT * common)
-            self.model = self._measured.scaled(np.clip(scales, *_BOUNDS).tolist())
+            self._scales = np.clip(scales, *_BOUNDS)
+            self.model = self._measured.scaled(self._scales.tolist())

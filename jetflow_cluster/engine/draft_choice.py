@@ -96,7 +96,7 @@ def choose(
     beneath = num + cost.prompt_share * situation.num_prompt_rows
     mean_context = situation.num_context_tokens / max(num, 1)
     plain_s = cost.rows_s(num) + cost.request_s * num + cost.context_s * situation.num_context_tokens
-    trees_s = cost.rows_s(beneath + nodes) - cost.rows_s(beneath) + cost.tree_s + cost.node_s * nodes
+    trees_s = cost.trees_s(beneath, nodes)
     head_s = cost.drafting_s(counts[:, None] * slots, counts[:, None] * mean_context)[:, None, :]
     rates = (num + gain) / (plain_s + trees_s + head_s)
     m, k, d = np.unravel_index(int(rates.argmax()), rates.shape)
@@ -115,8 +115,8 @@ def paying_match(cost: CostModel, situation: Situation) -> int | None:
     num, depths = situation.num_requests, np.arange(1, MAX_LOOKUP_DEPTH + 1)
     plain_s = cost.rows_s(num) + cost.request_s * num + cost.context_s * situation.num_context_tokens
     beneath = num + cost.prompt_share * situation.num_prompt_rows
-    more_s = cost.rows_s(beneath + depths) - cost.rows_s(beneath) + cost.tree_s + cost.node_s * depths
-    pays = (MATCH_GAINS * plain_s / max(num, 1) >= _LOOKUP_MARGIN * more_s).any(1)
+    trees_s = cost.trees_s(beneath, depths)
+    pays = (MATCH_GAINS * plain_s / max(num, 1) >= _LOOKUP_MARGIN * trees_s).any(1)
     return max(MATCH_BOUNDS[int(pays.argmax())], LONE_MATCH) if pays.any() else None
 
 
@@ -133,8 +133,9 @@ def num_cohorts(cost: CostModel, *, num_requests: int, num_nodes: int, depth: in
 
     def times(num: float) -> tuple[float, float]:
         context = num_context_tokens * num / max(num_requests, 1)
-        verify = float(cost.rows_s(num * num_nodes)) + cost.request_s * num + cost.context_s * context
-        return verify + cost.tree_s, float(cost.drafting_s(num * (depth + 1), context))
+        verify = float(cost.rows_s(num) + cost.trees_s(num, num * (num_nodes - 1)))
+        verify += cost.request_s * num + cost.context_s * context
+        return verify, float(cost.drafting_s(num * (depth + 1), context))
 
     if num_requests < 2:
         return 1

@@ -21,7 +21,7 @@ from jetflow_cluster.models.draft_head import DraftFuser, DraftHead
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.models.target_ends import TargetEnds
 from jetflow_cluster.tree.coupled import POOL_SIZE
-from jetflow_kernels.tree_attention.schedule import GATHER_BYTES
+from jetflow_kernels.tree_attention.schedule import CALL_PRODUCTS, GATHER_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +180,9 @@ def _attention_scratch(
         # Splits are made only where few rows would leave the chip idle: `MAX_SPLITS` parts of at most so many rows.
         return 32 * min(num_rows, 512) * q_heads * (head_dim + 1) * 4
     wide = max(4, model.dtype.itemsize)
-    masks = num_rows * (q_heads // kv_heads) * limits.max_len * wide
+    # Each request that is padded into a call adds no more pairs of a row and a key than a call is worth.
+    padding = (limits.num_requests - 1) * (CALL_PRODUCTS // (q_heads * head_dim))
+    masks = (num_rows * limits.max_len + padding) * (q_heads // kv_heads) * wide
     # K and V of one call and of the one before it.
     one = limits.max_len * kv_heads * head_dim * wide
     gathered = 4 * max(one, min(one * limits.num_requests, GATHER_BYTES * torch.get_num_threads()))

@@ -29,7 +29,7 @@ from jetflow_cluster.engine.pace import Pace, StepKind
 from jetflow_cluster.engine.probing import Prober
 from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, ScheduledRequest, StepPlan
 from jetflow_cluster.engine.request import Request
-from jetflow_cluster.engine.value_model import ValueModel
+from jetflow_cluster.engine.value_model import ValueModel, promised_tokens
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.build import SCORE_UNIT, CandidateTable
 from jetflow_cluster.tree.draft_tree import DraftTree
@@ -44,6 +44,9 @@ TURN_ON, TURN_OFF = 1.04, 1.01
 KEEP_CONTEXT = 0.93
 #: Steps between two looks at an unchanged load.
 _LOOK_EVERY = 8
+#: Steps between two whose time is learned from; drafted steps from which the calibration learns at first, and between
+#: two from which it does later.
+_COST_EVERY, _NUM_NEW, _LEARN_EVERY = 2, 64, 4
 #: Such looks between two at what a better head could do, where the load is the reason.
 _HOPE_EVERY = 4
 #: Most nodes of one tree.
@@ -109,7 +112,7 @@ class PricedBudget:
         #: Rows that the head computed in this step.
         self._num_draft_rows = 0
         self._seen: tuple[int, ...] = (0,)
-        self._num_steps = self._num_decisions = 0
+        self._num_steps = self._num_decisions = self._num_observed = self._num_learned = 0
         #: Shortest match of a request's own text that pays by itself; None where none does.
         self._least_match: int | None = None
         self._logged_s: dict[str, float] = {}
@@ -185,7 +188,10 @@ class PricedBudget:
             num_draft_context_tokens=context if num_draft_rows else 0,
             num_prompt_rows=sum(i.budget_share if i.is_forced else i.num_rows for i in beneath),
         )
-        most = max(plan.tree_budget, sum(item.budget_share for item in items))
+        most = min(
+            max(plan.tree_budget, sum(item.budget_share for item in items)),
+            sum(item.max_tree_nodes for item in items),
+        )
         return replace(plan, row_costs=self.cost.row_costs(shape, most)), found
 
     def _draft_rows(self, asked: Sequence[ScheduledRequest]) -> int:
@@ -200,8 +206,13 @@ class PricedBudget:
         self.prober.earn(took_s)
         self._time(plan, trees, paths, took_s)
         grown = [i for i, tree in enumerate(trees) if tree.num_nodes > 1 and paths[i] is not None]
-        if not grown and self._num_steps % 4:
-            return
+        self._num_observed += 1
+        if self._num_observed % _COST_EVERY == 0:
+            self._observe_cost(plan, trees, took_s)
+        if grown:
+            self._learn(plan, trees, paths, grown)
+
+    def _observe_cost(self, plan: StepPlan, trees: Sequence[DraftTree], took_s: float) -> None:
         decoding = [i for i, item in enumerate(plan.items) if item.num_rows == 1 and item.is_last]
         context = sum(plan.items[i].request.num_computed for i in decoding)
         shape = StepShape(
@@ -213,8 +224,6 @@ class PricedBudget:
             num_prompt_rows=sum(item.num_rows for item in plan.items) - len(decoding),
         )
         self._tracker.observe(shape, took_s)
-        if grown:
-            self._learn(plan, trees, paths, grown)
 
     def _time(
         self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float
@@ -238,10 +247,12 @@ class PricedBudget:
         walked = [path for i in grown if (path := paths[i]) is not None]
         requests = [plan.items[i].request for i in grown]
         kinds = [_kind(request) for request in requests]
-        promised = self.value.observe([trees[i] for i in grown], [path.nodes for path in walked], kinds)
+        self._num_learned += 1
+        if self._num_learned <= _NUM_NEW or self._num_learned % _LEARN_EVERY == 0:
+            self.value.observe([trees[i] for i in grown], [path.nodes for path in walked], kinds)
         self._levels = self._levels * _LEVEL_FADE + (1.0 - _LEVEL_FADE) * _LEVEL_PRIOR
-        for request, kind, said, path in zip(requests, kinds, promised.tolist(), walked, strict=True):
-            request.worth.drafted(path.num_accepted, said)
+        for i, request, kind, path in zip(grown, requests, kinds, walked, strict=True):
+            request.worth.drafted(path.num_accepted, promised_tokens(trees[i]))
             if (foretold := self._drafting.get(id(request))) is not None:
                 self._levels[kind] += (path.num_accepted, foretold)
 
@@ -335,9 +346,8 @@ class PricedBudget:
         """Seconds that a probe is expected to take, contexts included."""
         num = min(4, len(load.requests))
         slots = self._num_block_slots or 1 + self.gains.accepted.shape[1]
-        plain_s = self.cost.rows_s(load.num_decoding)
-        drafted_s = self.cost.drafting_s(num * slots) + self.cost.rows_s(load.num_decoding + 7 * num) - plain_s
-        return float(4 * (drafted_s + self.cost.tree_s) + 1.5 * plain_s)
+        drafted_s = self.cost.drafting_s(num * slots) + self.cost.trees_s(load.num_decoding, 7 * num)
+        return float(4 * drafted_s + 1.5 * self.cost.rows_s(load.num_decoding))
 
     def _allowance(self, request: Request, load: DecodeLoad, rests: Sequence[Sequence[Allowance]]) -> Allowance:
         choice = self._choice

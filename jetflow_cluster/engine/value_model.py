@@ -11,6 +11,7 @@ A map may be wrong or stale; trees built by it are trees, and any tree is lossle
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -78,18 +79,13 @@ class ValueModel:
             found[i] = replace(table, scores=torch.from_numpy(part.reshape(array.shape)))
         return found
 
-    def observe(
-        self, trees: Sequence[DraftTree], accepted: Sequence[Sequence[int]], kinds: Sequence[int]
-    ) -> np.ndarray:
+    def observe(self, trees: Sequence[DraftTree], accepted: Sequence[Sequence[int]], kinds: Sequence[int]) -> None:
         """Counts what became of the nodes of trees that were built from calibrated tables.
 
         Args:
             trees: each with at least one node beside its root.
             accepted: accepted nodes of each, the root first.
             kinds: of each.
-
-        Returns:
-            float64 ``[len(trees)]``: accepted tokens that each tree promised.
         """
         sizes = np.array([tree.num_nodes for tree in trees])
         starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
@@ -99,8 +95,6 @@ class ValueModel:
         is_right = np.zeros(len(scores), bool)
         is_right[[start + node for start, nodes in zip(starts, accepted, strict=True) for node in nodes]] = True
         roots = depths == 0
-        promised = np.exp(scores / SCORE_UNIT)
-        promised[roots] = 0.0
         asked = np.flatnonzero(~roots & is_right[np.where(roots, 0, parents)])
         if len(asked):
             kind = np.repeat(np.asarray(kinds), sizes)[asked]
@@ -113,7 +107,6 @@ class ValueModel:
             self._num_waiting += 1
             if self._num_waiting >= REFRESH_EVERY:
                 self.refresh()
-        return np.add.reduceat(promised, starts)
 
     def refresh(self) -> None:
         """Makes the maps from the counts, and lets the counts fade."""
@@ -177,6 +170,11 @@ class ValueModel:
             at = rows == row
             found[at] = np.interp(mapped[at], flat[row], knots)
         return found
+
+
+def promised_tokens(tree: DraftTree) -> float:
+    """Accepted tokens that a tree's scores foretell."""
+    return sum(math.exp(score / SCORE_UNIT) for score in tree.scores[1:])
 
 
 def apply_maps(maps: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from jetflow_cluster.engine.value_model import NUM_KNOTS, ValueModel, apply_maps
+from jetflow_cluster.engine.value_model import NUM_KNOTS, ValueModel, apply_maps, promised_tokens
 from jetflow_cluster.tree.build import MIN_SCORE, SCORE_UNIT, CandidateTable, build_trees
 
 
@@ -62,7 +62,8 @@ def test_what_happened_is_learned(truth: float) -> None:
                 break
             nodes.append(child)
             parent_rank, depth = ranks[child], depth + 1
-        (said,) = model.observe([tree], [nodes], [0])
+        said = promised_tokens(tree)
+        model.observe([tree], [nodes], [0])
         if step >= 600:
             promised, accepted = promised + said, accepted + len(nodes) - 1
     # One of eight children at most is right, so what was said was eight times too much.

@@ -15,6 +15,9 @@ _VIEW_BYTES = 256 * 1024
 GATHER_BYTES = 2 * 1024 * 1024
 #: Requests share a call while their keys, padded to the longest, are at most this factor and this many more.
 _KEY_FACTOR, _KEY_MARGIN = 1.5, 32
+#: What one more call costs, in products of a query's and a key's element: requests of other sizes are padded into a
+#: call where that computes fewer for nothing.
+CALL_PRODUCTS = 2 * 1024 * 1024
 #: Most rows of one request in one call: a chunk's first rows need not look at its last keys.
 _BLOCK_ROWS = 64
 
@@ -113,18 +116,25 @@ def _partition(plan: TreeAttentionPlan, layout: Layout, first_slots: list[int | 
             others.append(request)
     sizes = [(plan.query_lens[r] - 1).bit_length() for r in range(plan.num_requests)]
     others.sort(key=lambda r: (sizes[r], key_lens[r]))
+    call_pairs = CALL_PRODUCTS // (layout.num_kv_heads * layout.rows_per_query * layout.head_dim)
     last: list[int] = []
+    num_rows = num_keys = 0
     for request in others:
-        num_keys = key_lens[request]
-        fits = (
+        rows, keys = plan.query_lens[request], key_lens[request]
+        most_rows, most_keys = max(rows, num_rows), max(keys, num_keys)
+        is_alike = (
             bool(last)
             and sizes[request] == sizes[last[0]]
-            and num_keys <= _KEY_FACTOR * key_lens[last[0]] + _KEY_MARGIN
-            and (len(last) + 1) * num_keys * key_bytes <= GATHER_BYTES * num_threads
+            and most_keys <= _KEY_FACTOR * key_lens[last[0]] + _KEY_MARGIN
         )
-        if not fits:
+        joined = (len(last) + 1) * most_rows * most_keys
+        is_cheap = bool(last) and joined <= len(last) * num_rows * num_keys + rows * keys + call_pairs
+        if (is_alike or is_cheap) and (len(last) + 1) * most_keys * key_bytes <= GATHER_BYTES * num_threads:
+            num_rows, num_keys = most_rows, most_keys
+        else:
             last = []
             parts.append(last)
+            num_rows, num_keys = rows, keys
         last.append(request)
     return [sorted(members) for members in parts]
 
