@@ -14,6 +14,8 @@ from jetflow_cluster.engine.cost_model import CostModel, StepShape
 ROW_KNOTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 #: Rows at which the draft head's curve may bend.
 DRAFT_KNOTS = (4, 8, 16, 32, 64, 128, 256, 512)
+#: Weight of a change of slope.
+_STIFFNESS = 0.5
 
 
 def fit_costs(samples: Sequence[tuple[StepShape, float]], *, source: str = "measured") -> CostModel:
@@ -38,8 +40,15 @@ def fit_costs(samples: Sequence[tuple[StepShape, float]], *, source: str = "meas
     plain = {s: t for s, t in least.items() if not s.num_prompt_rows}
     matrix = np.array([_features(s, row_knots, draft_knots) for s in plain])
     took = np.array(list(plain.values()))
-    found = _non_negative(matrix / took[:, None], np.ones(len(took)))
     num_rows, num_draft = len(row_knots), len(draft_knots)
+    bends = np.concatenate(
+        (
+            _bends(row_knots, 0, [(s.num_rows, t) for s, t in plain.items()], matrix.shape[1]),
+            _bends(draft_knots, num_rows + 5, [(s.num_draft_rows, t) for s, t in plain.items()], matrix.shape[1]),
+        )
+    )
+    wanted = np.concatenate((np.ones(len(took)), np.zeros(len(bends))))
+    found = _non_negative(np.concatenate((matrix / took[:, None], bends)), wanted)
     rows, rest = np.cumsum(found[:num_rows]), found[num_rows:]
     draft = np.cumsum(rest[5 : 5 + num_draft]) if num_draft else np.zeros(1)
     model = CostModel(
@@ -63,6 +72,19 @@ def _knots(offered: Sequence[int], seen: Sequence[int]) -> tuple[float, ...]:
         return ()
     low, high = min(seen), max(seen)
     return tuple(sorted({float(low), float(high)} | {float(k) for k in offered if low < k < high}))
+
+
+def _bends(knots: Sequence[float], first: int, seen: Sequence[tuple[int, float]], num_columns: int) -> np.ndarray:
+    """What a curve's changes of slope count for beside the samples, ``[len(knots) - 2, num_columns]``: as an error of
+    as much of the time that a step with so many rows takes. One slow sample then bends little; many that agree do."""
+    rows = np.zeros((max(0, len(knots) - 2), num_columns))
+    for i, row in enumerate(rows):
+        before, after = knots[i + 1] - knots[i], knots[i + 2] - knots[i + 1]
+        _, took_s = min(seen, key=lambda one: abs(one[0] - knots[i + 1]))
+        # The first column of a curve is its beginning, the others are its steps.
+        row[first + i + 1] = _STIFFNESS * min(before, after) / before / took_s
+        row[first + i + 2] = -_STIFFNESS * min(before, after) / after / took_s
+    return rows
 
 
 def _features(shape: StepShape, row_knots: Sequence[float], draft_knots: Sequence[float]) -> list[float]:

@@ -17,7 +17,7 @@ from jetflow_cluster.env import read_environment
 
 _log = logging.getLogger(__name__)
 #: Of what is measured: models that were measured otherwise are not read.
-_VERSION = 2
+_VERSION = 3
 
 
 def device_name(device: torch.device) -> str:

@@ -36,7 +36,8 @@ UNEVEN_LENGTHS = (64, 224, 112, 160)
 SUSPICIOUS_ACCEPTANCE = 1.1
 #: A stored model is believed when it foretells a few steps within this factor.
 _BELIEVED = 1.5
-_NUM_TIMES = 3
+#: Steps of each size, and of those up to so many rows: the choice at small loads is among these, and they take little.
+_NUM_TIMES, _NUM_TIMES_FEW, _FEW_ROWS = 3, 6, 32
 
 #: Makes a request of the given id, prompt and parameters.
 RequestFactory = Callable[[str, Sequence[int], SamplingParams], Request]
@@ -126,7 +127,7 @@ def measure_steps(
     that the pool cannot hold at once, with all that these steps write, are not measured. Cells are all plain, or all
     with trees: steps that keep no draft context leave none for others."""
     num_slots = engine.drafter.max_depth + 1 if engine.drafter else 1
-    rows = max(map(len, prompts)) + len(MEASURED_NODES) * (_NUM_TIMES + 1) * num_slots + MEASURED_NODES[-1]
+    rows = max(map(len, prompts)) + len(MEASURED_NODES) * (_NUM_TIMES_FEW + 1) * num_slots + MEASURED_NODES[-1]
     page_size = engine.target.page_size
     max_running = min(max_running, engine.pool.num_pages // (-(-rows // page_size) + 1))
     samples: list[tuple[StepShape, float]] = []
@@ -146,7 +147,7 @@ def measure_steps(
             for cell in (cell for cell in cells if cell.num_requests == running):
                 engine.scheduler.budget = _MeasuredBudget(cell)
                 engine.step()
-                for _ in range(_NUM_TIMES):
+                for _ in range(_NUM_TIMES if cell.num_requests * cell.num_nodes > _FEW_ROWS else _NUM_TIMES_FEW):
                     took_s = _timed(engine)
                     if len(engine.requests) < running:
                         break
