@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
@@ -77,6 +77,8 @@ class CostModel:
     tree_scale: float = 1.0
     #: Where the figures come from, in words.
     source: str = "measured"
+    _row_curve: tuple[np.ndarray, np.ndarray] = field(init=False, repr=False, compare=False)
+    _draft_curve: tuple[np.ndarray, np.ndarray] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("row", "draft"):
@@ -89,6 +91,8 @@ class CostModel:
                 raise ValueError(f"{name}_knots = {knots}: must increase")
             if seconds[0] < 0 or any(b < a for a, b in pairwise(seconds)):
                 raise ValueError(f"{name}_s = {seconds}: must be non-negative and non-decreasing")
+            # Kept as arrays, since curves are read several times in each step.
+            object.__setattr__(self, f"_{name}_curve", (np.array(knots), np.array(seconds)))
         for name in ("request_s", "context_s", "tree_s", "node_s", "draft_context_s", "prompt_share", "tree_scale"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 0")
@@ -118,11 +122,11 @@ class CostModel:
 
     def rows_s(self, num_rows: float | np.ndarray) -> Any:
         """Seconds of the target's pass by rows; a number, or float64 of the argument's shape."""
-        return _curve(self.row_knots, self.row_s, num_rows)
+        return _curve(*self._row_curve, num_rows)
 
     def drafting_s(self, num_draft_rows: float | np.ndarray, num_context_tokens: float | np.ndarray = 0.0) -> Any:
         """Seconds of the head's pass by its rows; 0 for no rows."""
-        seconds = _curve(self.draft_knots, self.draft_s, num_draft_rows) + self.draft_context_s * num_context_tokens
+        seconds = _curve(*self._draft_curve, num_draft_rows) + self.draft_context_s * num_context_tokens
         return np.where(np.asarray(num_draft_rows) > 0, seconds, 0.0)[()]
 
     def row_costs(self, shape: StepShape, max_rows: int) -> np.ndarray:
@@ -175,7 +179,7 @@ class CostModel:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values; `from_dict` gives an equal model."""
-        return asdict(self)
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.init}
 
     def to_json(self) -> str:
         """One JSON object; `from_json` gives an equal model."""
@@ -189,7 +193,7 @@ class CostModel:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CostModel:
         """Raises ValueError for unknown and missing fields, and as the constructor does."""
-        known = {field.name for field in fields(cls)}
+        known = {one.name for one in fields(cls) if one.init}
         unknown, missing = set(values) - known, {"row_knots", "row_s"} - set(values)
         if unknown or missing:
             raise ValueError(f"cost model: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}")
@@ -197,11 +201,10 @@ class CostModel:
         return cls(**numbers)
 
 
-def _curve(knots: Sequence[float], seconds: Sequence[float], at: float | np.ndarray) -> Any:
+def _curve(x: np.ndarray, y: np.ndarray, at: float | np.ndarray) -> Any:
     """Linear between knots; level below the first one, the last slope behind the last one."""
-    x, y = np.asarray(knots), np.asarray(seconds)
     found = np.interp(at, x, y)
-    if len(x) > 1:
+    if len(x) > 1 and np.max(at) > x[-1]:
         slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
         found = found + slope * np.maximum(np.asarray(at) - x[-1], 0.0)
     return found[()]

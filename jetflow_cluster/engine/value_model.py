@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -188,16 +189,17 @@ def apply_maps(maps: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> np.nda
     Returns:
         int32 ``[N]`` within [`MIN_SCORE`, 0].
     """
-    nats = -scores.astype(np.int64)
+    # All within 32 bits: slopes are bounded, and scores.
+    nats = -scores
     knot = np.minimum(nats >> KNOT_SHIFT, NUM_KNOTS - 2)
     flat, at = maps.ravel(), rows * NUM_KNOTS + knot
-    low = flat[at].astype(np.int64)
+    low = flat[at]
     step = flat[at + 1] - low
     rest = nats - (knot << KNOT_SHIFT)
     # Behind the last knot the slope is 1.
     beyond = np.maximum(rest - (1 << KNOT_SHIFT), 0)
     mapped = low + (step * np.minimum(rest, 1 << KNOT_SHIFT) >> KNOT_SHIFT) + beyond
-    return np.clip(-mapped, MIN_SCORE, 0).astype(np.int32)
+    return np.asarray(np.clip(-mapped, MIN_SCORE, 0))
 
 
 def _scores(table: CandidateTable | None) -> np.ndarray:
@@ -205,6 +207,7 @@ def _scores(table: CandidateTable | None) -> np.ndarray:
     return np.asarray(table.scores.cpu().numpy())
 
 
+@lru_cache(64)
 def _rows_of(shape: tuple[int, ...]) -> np.ndarray:
     """Depth, from 0, that each entry of flattened scores ``[D, P, W]`` is counted under."""
     return np.repeat(np.minimum(np.arange(shape[0]), NUM_DEPTHS - 1), shape[1] * shape[2])

@@ -83,7 +83,7 @@ def test_json_gives_the_same_model() -> None:
 )
 def test_what_is_no_model_is_refused(change: dict[str, object], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        CostModel.from_dict(MODEL.__dict__ | change)
+        CostModel.from_dict(MODEL.to_dict() | change)
 
 
 def test_scales_multiply_parts() -> None:
