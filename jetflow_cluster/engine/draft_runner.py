@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from jetflow_cluster.cache.kv_cache import allocate_kv, kv_dtype
-from jetflow_cluster.config import MAX_WIDTH
 from jetflow_cluster.engine.batch import chain_parents, page_table_tensor
 from jetflow_cluster.engine.protocols import ScheduledRequest, StepPlan
 from jetflow_cluster.engine.request import Request
@@ -112,7 +111,7 @@ class HeadDrafter:
         made = self.tables(
             self.blocks([item.request for item in items], depth),
             depth=depth,
-            width=min(MAX_WIDTH, max(item.max_tree_nodes for item in items) - 1),
+            width=max(item.head_width for item in items),
             anchor_ids=[item.request.token_ids[-1] for item in items],
             sampling=[draft_sampling(item) for item in items],
         )

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch
 
-from jetflow_cluster.config import MAX_WIDTH
 from jetflow_cluster.engine.batch import wants_prompt_logprobs
 from jetflow_cluster.engine.device_builder import trees_of
 from jetflow_cluster.engine.draft_runner import HeadDrafter
@@ -190,7 +189,7 @@ class GraphRunner:
             depth = min(item.head_depth, max_depth) if nodes > 1 else 0
             columns["anchor_ids"].append(request.token_ids[-1])
             columns["context_lens"].append(request.num_computed)
-            columns["limits"].append((nodes, depth, min(MAX_WIDTH, max(1, nodes - 1)), item.bias))
+            columns["limits"].append((nodes, depth, max(1, item.head_width), item.bias))
             columns["has_context"].append(int(item.keeps_context))
             columns["numbers"].append((as_signed(request.seed), len(request.token_ids), params.top_k, 0, 0))
             log_min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf

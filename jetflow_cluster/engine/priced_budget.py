@@ -14,9 +14,7 @@ Behind drafting, scores are calibrated and the trees of all requests compete at 
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -28,6 +26,7 @@ from jetflow_cluster.engine.draft_choice import NODES, Choice, Gains, Situation,
 from jetflow_cluster.engine.pace import Pace, StepKind
 from jetflow_cluster.engine.probing import Prober
 from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, ScheduledRequest, StepPlan
+from jetflow_cluster.engine.reason_log import ReasonLog
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.value_model import ValueModel, promised_tokens
 from jetflow_cluster.tree.accept import AcceptedPath
@@ -35,8 +34,6 @@ from jetflow_cluster.tree.build import SCORE_UNIT, CandidateTable
 from jetflow_cluster.tree.draft_tree import DraftTree
 from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH
 from jetflow_cluster.types import LatencyClass
-
-_log = logging.getLogger(__name__)
 
 #: Expected tokens per second over those of not drafting at which drafting begins, and below which it ends.
 TURN_ON, TURN_OFF = 1.04, 1.01
@@ -51,19 +48,12 @@ _COST_EVERY, _NUM_NEW, _LEARN_EVERY = 2, 64, 4
 _HOPE_EVERY = 4
 #: Most nodes of one tree.
 _MOST_NODES = 64
+#: Fewest candidates that the head offers at each depth.
+_LEAST_WIDTH = 7
 #: Rows that a request which only repeats itself adds to those that the trees share.
 _LOOKUP_SHARE = 4
 #: Tokens that the level of all requests' gains counts for before anything is known, and its decay per drafted step.
 _LEVEL_PRIOR, _LEVEL_FADE = 12.0, 0.98
-#: Seconds between two lines of the log about the same.
-_LOG_EVERY_S = 60.0
-#: What the reasons mean, in the log.
-REASONS = {
-    "pays": "it pays",
-    "load": "steps are too full",
-    "pace": "steps with trees were slower than those without",
-    "head": "guesses are worth too little; they are tried again in a hundredth of the time",
-}
 #: Worth of a token of each latency class, as a bias of scores: the price of an interactive request's nodes is halved.
 LATENCY_BIAS = {
     LatencyClass.INTERACTIVE: round(math.log(2.0) * SCORE_UNIT),
@@ -115,7 +105,7 @@ class PricedBudget:
         self._num_steps = self._num_decisions = self._num_observed = self._num_learned = 0
         #: Shortest match of a request's own text that pays by itself; None where none does.
         self._least_match: int | None = None
-        self._logged_s: dict[str, float] = {}
+        self._reason_log = ReasonLog()
 
     @property
     def cost(self) -> CostModel:
@@ -142,10 +132,8 @@ class PricedBudget:
         self._drafting = self._chosen(load)
         may_look = self._has_lookup and load.fair_nodes >= _LOOKUP_SHARE
         may_look = may_look and self.pace.allows(StepKind.LOOKUP, load.num_decoding)
-        rests = [
-            [self._rest(load, keeps_context=k, may_look=may_look and r) for r in (False, True)] for k in (False, True)
-        ]
-        return [self._allowance(request, load, rests) for request in load.requests]
+        rests: dict[tuple[bool, bool], Allowance] = {}
+        return [self._allowance(request, load, rests, may_look=may_look) for request in load.requests]
 
     def _rest(self, load: DecodeLoad, *, keeps_context: bool, may_look: bool) -> Allowance:
         """Of a request that does not draft."""
@@ -349,7 +337,9 @@ class PricedBudget:
         drafted_s = self.cost.drafting_s(num * slots) + self.cost.trees_s(load.num_decoding, 7 * num)
         return float(4 * drafted_s + 1.5 * self.cost.rows_s(load.num_decoding))
 
-    def _allowance(self, request: Request, load: DecodeLoad, rests: Sequence[Sequence[Allowance]]) -> Allowance:
+    def _allowance(
+        self, request: Request, load: DecodeLoad, rests: dict[tuple[bool, bool], Allowance], *, may_look: bool
+    ) -> Allowance:
         choice = self._choice
         assert choice is not None
         keeps = self.keeps_context or id(request) in self._probing
@@ -362,25 +352,21 @@ class PricedBudget:
                 max_tree_nodes=nodes if nodes == 1 else min(_MOST_NODES, 2 * nodes),
                 budget_share=nodes,
                 draft_depth=choice.depth if self.is_on else None,
+                draft_width=max(_LEAST_WIDTH, choice.num_nodes - 1) if self.is_on else None,
                 keeps_context=keeps,
                 bias=bias,
             )
         request.worth.rested()
-        return rests[keeps][request.params.is_greedy and request.room >= 4]
+        key = (keeps, may_look and request.params.is_greedy and request.room >= 4)
+        if key not in rests:
+            # One for all that are alike.
+            rests[key] = self._rest(load, keeps_context=key[0], may_look=key[1])
+        return rests[key]
 
     def _tell(self, reason: str, choice: Choice) -> None:
-        """One line of the log where the reason is another one, and no more than one of each in a while."""
-        if reason == self.reason:
-            return
-        self.reason = reason
-        now = time.monotonic()
-        if now - self._logged_s.get(reason, -math.inf) < _LOG_EVERY_S:
-            return
-        self._logged_s[reason] = now
-        levels = f"{self.level(0):.2f} greedy, {self.level(1):.2f} sampled"
-        message = "speculation is %s (%s): at best %.2f times the tokens per second of none; gains at %s of warm-up's"
-        level = logging.WARNING if reason == "head" else logging.INFO
-        _log.log(level, message, "on" if reason == "pays" else "off", REASONS[reason], choice.ratio, levels)
+        if reason != self.reason:
+            self.reason = reason
+            self._reason_log.tell(reason, choice.ratio, (self.level(0), self.level(1)))
 
 
 def _kind(request: Request) -> int:

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from jetflow_cluster.config import MAX_WIDTH
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.build import CandidateTable
@@ -34,6 +35,8 @@ class ScheduledRequest:
     max_depth: int = 0
     #: Most tokens that the head guesses along one path; None is `max_depth`. Other sources may guess deeper.
     draft_depth: int | None = None
+    #: Most candidates that the head offers at each depth; None is as many as the tree has room for.
+    draft_width: int | None = None
     #: Whether the draft head may be asked to guess; other sources may be in any case.
     uses_head: bool = True
     #: Shortest match of the request's own text that guesses where the head does not.
@@ -47,6 +50,12 @@ class ScheduledRequest:
     def head_depth(self) -> int:
         """Most tokens that the head guesses along one path."""
         return self.max_depth if self.draft_depth is None else min(self.max_depth, self.draft_depth)
+
+    @property
+    def head_width(self) -> int:
+        """Candidates that the head offers at each depth."""
+        room = min(MAX_WIDTH, self.max_tree_nodes - 1)
+        return room if self.draft_width is None else min(room, self.draft_width)
 
     @property
     def is_forced(self) -> bool:
@@ -175,6 +184,7 @@ class Allowance:
     budget_share: int = 1
     max_depth: int | None = None
     draft_depth: int | None = None
+    draft_width: int | None = None
     uses_head: bool = True
     least_match: int = LONE_MATCH
     keeps_context: bool = True

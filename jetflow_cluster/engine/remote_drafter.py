@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from jetflow_cluster.config import MAX_WIDTH
 from jetflow_cluster.engine.draft_link import DraftJob, Guess, LinkBrokenError, LinkListener, WorkerLink, tables_of
 from jetflow_cluster.engine.draft_runner import draft_blocks, draft_sampling, take_pending
 from jetflow_cluster.engine.protocols import ScheduledRequest, StepPlan
@@ -111,7 +110,7 @@ class RemoteDrafter:
             rows=Rows.of(blocks.batch),
             num_slots=blocks.num_slots,
             depth=depth,
-            width=min(MAX_WIDTH, max(item.max_tree_nodes for item in items) - 1),
+            width=max(item.head_width for item in items),
             anchor_ids=[request.token_ids[-1] for request in requests],
             sampling=[draft_sampling(item) for item in items],
         )

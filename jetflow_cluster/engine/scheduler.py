@@ -137,6 +137,7 @@ class Scheduler:
             budget_share=share,
             max_depth=depth,
             draft_depth=allowance.draft_depth,
+            draft_width=allowance.draft_width,
             uses_head=allowance.uses_head,
             least_match=allowance.least_match,
             keeps_context=self._needs_draft_context and allowance.keeps_context,

@@ -132,7 +132,7 @@ def run(llm: LLM, budget: PricedBudget, count: int, num_tokens: int = 200) -> No
 def test_a_useless_head_costs_its_share_and_one_line(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
     """The head is random, and its gains were overrated: that is found out, said once, and tried again now and then."""
     budget = Clocked(COST, gains(0.6))
-    with caplog.at_level(logging.INFO, "jetflow_cluster.engine.priced_budget"):
+    with caplog.at_level(logging.INFO, "jetflow_cluster.engine.reason_log"):
         for _ in range(4):
             run(llm, budget, 2)
     assert budget.reason == "head"
