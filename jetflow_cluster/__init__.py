@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jetflow_cluster.types import (
         EngineStats,
         FinishReason,
+        GuessSource,
         InvalidRequestError,
         RequestDelta,
         RequestOutput,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         SpeculationMode,
         SpeculationOptions,
         SpeculationStats,
+        StepTree,
         TokenLogprobs,
         Usage,
     )
@@ -33,6 +35,7 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "FinishReason",
+    "GuessSource",
     "InvalidRequestError",
     "RequestDelta",
     "RequestOutput",
@@ -40,6 +43,7 @@ __all__ = [
     "SpeculationMode",
     "SpeculationOptions",
     "SpeculationStats",
+    "StepTree",
     "TokenLogprobs",
     "Usage",
     "__version__",

@@ -65,6 +65,8 @@ class SpeculationOptions:
     #: so that the request gets more of the step and finishes earlier; one for a ``batch`` request counts half, so that
     #: it speculates only where that is cheap.
     latency_class: LatencyClass | str = LatencyClass.NORMAL
+    #: Tell in each delta what the step guessed and what was kept of it, as `RequestDelta.tree`; for streams only.
+    include_trees: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in tuple(SpeculationMode):
@@ -76,6 +78,13 @@ class SpeculationOptions:
         object.__setattr__(self, "latency_class", LatencyClass(self.latency_class))
         _check_int("speculation.max_tree_nodes", self.max_tree_nodes, 1, 512, optional=True)
         _check_int("speculation.max_depth", self.max_depth, 1, 64, optional=True)
+        if not isinstance(self.include_trees, bool):
+            raise InvalidRequestError("speculation.include_trees", self.include_trees, "must be True or False")
+
+    def refuse_trees(self) -> None:
+        """Raises InvalidRequestError if trees are asked for where nobody is told of single steps."""
+        if self.include_trees:
+            raise InvalidRequestError("speculation.include_trees", True, "only a stream tells trees")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +233,33 @@ class SpeculationStats:
         return 1.0 + self.num_accepted_tokens / self.num_steps if self.num_steps else 0.0
 
 
+class GuessSource(enum.StrEnum):
+    """Where a node of a tree came from."""
+
+    #: It is the root, a token that the request has already.
+    ANCHOR = "anchor"
+    HEAD = "head"
+    #: The request's own text: what followed an earlier place like its end.
+    CONTEXT = "context"
+    HEAD_AND_CONTEXT = "head_and_context"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTree:
+    """What one step guessed for one request, and what of it was kept. Node 0 is the root: the last token before the
+    step's own. The first four lists have an entry per node."""
+
+    token_ids: list[int]
+    #: Parent of each node, ``parents[i] < i``; -1 for the root.
+    parents: list[int]
+    #: Natural logarithm of the probability, by the drafter's account, that the target writes all of the path from the
+    #: root to the node; 0 for the root.
+    path_logprobs: list[float]
+    sources: list[GuessSource]
+    #: Nodes that the target confirmed, root first; each but the root gave a token of the step.
+    accepted_nodes: list[int]
+
+
 @dataclass(kw_only=True)
 class RequestDelta:
     """What one step added to one request."""
@@ -237,6 +273,9 @@ class RequestDelta:
     logprobs: list[TokenLogprobs] | None = None
     #: How many of `token_ids` were guessed by the draft head (the first ones); the rest came from the target alone.
     num_accepted: int = 0
+    #: What the step guessed, where `SpeculationOptions.include_trees` asks for it; None for a step that computed
+    #: several tokens of the prompt, and a root alone for one without guesses.
+    tree: StepTree | None = None
     finish_reason: FinishReason | None = None
 
 

@@ -29,6 +29,7 @@ from jetflow_cluster.engine.protocols import (
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner
+from jetflow_cluster.engine.told_tree import told_tree
 from jetflow_cluster.layers.sampler import token_logprobs
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.build import CandidateTable
@@ -250,13 +251,14 @@ class Engine:
                 request.speculation.record(tree.num_nodes - 1, num_accepted)
             self.num_generated_tokens += num_kept
             self._share_pages(request)
-            deltas.append(self._delta(request, appended.token_ids, appended.text, num_accepted))
+            delta = self._delta(request, appended.token_ids, appended.text, num_accepted)
+            accepted = path.nodes[: num_kept + 1]
+            if request.params.speculation.include_trees and item.num_rows == 1:
+                delta.tree = told_tree(request, tree, accepted)
+            deltas.append(delta)
             records.append(
                 TreeRecord(
-                    request_id=request.request_id,
-                    tree=tree,
-                    accepted_nodes=path.nodes[: num_kept + 1],
-                    token_ids=appended.token_ids,
+                    request_id=request.request_id, tree=tree, accepted_nodes=accepted, token_ids=appended.token_ids
                 )
             )
             if request.finish_reason is not None:

@@ -164,7 +164,7 @@ class GraphRunner:
             self._note_context(step, item, i, lengths[i], bucket)
         self.num_static_steps += 1
         self.on_stage("commit")
-        if self._is_traced():
+        if self._is_traced() or any(item.request.params.speculation.include_trees for item in plan.items):
             return StepOutcome(trees=trees_of(step.trees)[: len(plan.items)], paths=paths)
         return StepOutcome(trees=[_Grown(count) for count in counts[: len(plan.items)]], paths=paths, has_nodes=False)
 

@@ -97,6 +97,9 @@ class LLM:
         """
         several = _prompt_list(prompts)
         per_prompt = _params_list(params, len(several))
+        if on_delta is None:
+            for one in per_prompt:
+                one.speculation.refuse_trees()
         requests = [self._make(p, s) for p, s in zip(several, per_prompt, strict=True)]
         self._run(requests, on_delta)
         return [request.output() for request in requests]

@@ -7,7 +7,14 @@ from dataclasses import replace
 
 from jetflow_cluster.engine.protocols import Drafter, ScheduledRequest, StepPlan
 from jetflow_cluster.tree.build import CandidateTable
-from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH, ContextIndex, ContextMatch, lookup_table, mix_lookup
+from jetflow_cluster.tree.lookup import (
+    MAX_LOOKUP_DEPTH,
+    ContextIndex,
+    ContextMatch,
+    guess_of,
+    lookup_table,
+    mix_lookup,
+)
 
 #: From this length on a match guesses alone: the drafter would add less than its pass costs.
 SURE_MATCH = 24
@@ -33,7 +40,8 @@ class ContextLookup:
             asked = zip(plan.items, is_sure, strict=True)
             plan = replace(plan, items=tuple(replace(i, max_tree_nodes=1) if sure else i for i, sure in asked))
         found = drafter.draft(plan) if plan.speculates else [None] * len(plan.items)
-        return [_mixed(table, match, sure) for table, match, sure in zip(found, matches, is_sure, strict=True)]
+        parts = zip(plan.items, found, matches, is_sure, strict=True)
+        return [_mixed(item, table, match, sure) for item, table, match, sure in parts]
 
 
 def _match(item: ScheduledRequest) -> ContextMatch | None:
@@ -50,9 +58,13 @@ def _match(item: ScheduledRequest) -> ContextMatch | None:
     return match
 
 
-def _mixed(table: CandidateTable | None, match: ContextMatch | None, is_sure: bool) -> CandidateTable | None:
+def _mixed(
+    item: ScheduledRequest, table: CandidateTable | None, match: ContextMatch | None, is_sure: bool
+) -> CandidateTable | None:
     if match is None:
         return table
+    if item.request.params.speculation.include_trees:
+        item.request.context_guess = guess_of(match, None if is_sure else table)
     if is_sure:
         return lookup_table(match)
     return None if table is None else mix_lookup(table, match)

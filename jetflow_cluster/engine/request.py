@@ -12,7 +12,7 @@ from jetflow_cluster.cache.prefix_cache import PageKeys
 from jetflow_cluster.engine.detokenizer import IncrementalDetokenizer
 from jetflow_cluster.engine.worth import Worth
 from jetflow_cluster.layers.sampler import TokenCounts
-from jetflow_cluster.tree.lookup import ContextIndex
+from jetflow_cluster.tree.lookup import ContextGuess, ContextIndex
 from jetflow_cluster.types import (
     FinishReason,
     RequestOutput,
@@ -73,6 +73,8 @@ class Request:
     pending_fused: list[torch.Tensor] = field(default_factory=list)
     #: Where the request's own text repeats itself, once it was asked.
     context_index: ContextIndex | None = None
+    #: What the request's own text guessed in the present step, where its trees are told.
+    context_guess: ContextGuess | None = None
     #: What its guesses were worth so far.
     worth: Worth = field(default_factory=Worth)
     #: Steps for which its own text is not looked at for repetitions, because there was none.

@@ -105,6 +105,9 @@ class InferenceServicer(inference_pb2_grpc.JetFlowInferenceServicer):
 
     async def GenerateOnce(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResult:
         """One request, answered when it is finished."""
+        if request.sampling.speculation.include_trees:
+            limit = "only GenerateStream tells trees"
+            raise InvalidRequestError("sampling.speculation.include_trees", True, limit)
         result = pb.GenerateResult()
         text: list[str] = []
 

@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jetflow_cluster.rpc import checks
 from jetflow_cluster.rpc.errors import DOMAIN, error_from_rpc
-from jetflow_cluster.rpc.generation import Generation, Prompt, request_to_proto, set_input
+from jetflow_cluster.rpc.generation import Generation, Prompt, refuse_trees, request_to_proto, set_input
 from jetflow_cluster.rpc.options import CHANNEL_OPTIONS
 from jetflow_cluster.rpc.retry import Attempts, RetryPolicy, Servers
 from jetflow_cluster.rpc.streams import AsyncGenerationStream, GenerationStream
@@ -146,6 +146,7 @@ class JetFlowClient(_ClientBase):
         self, prompt: Prompt, params: SamplingParams | None = None, *, timeout_s: float | None = None, **options: str
     ) -> RequestOutput:
         """Completes one prompt; the arguments are those of `stream`."""
+        refuse_trees(params)
         with self.stream(prompt, params, timeout_s=timeout_s, **options) as stream:
             for _ in stream:
                 pass
@@ -238,6 +239,7 @@ class AsyncJetFlowClient(_ClientBase):
         self, prompt: Prompt, params: SamplingParams | None = None, *, timeout_s: float | None = None, **options: str
     ) -> RequestOutput:
         """Completes one prompt; see `JetFlowClient.stream` for the arguments."""
+        refuse_trees(params)
         async with self.stream(prompt, params, timeout_s=timeout_s, **options) as stream:
             async for _ in stream:
                 pass

@@ -7,6 +7,7 @@ from typing import Any
 
 from jetflow_cluster.rpc import checks
 from jetflow_cluster.rpc.errors import InvalidFieldsError
+from jetflow_cluster.rpc.trees import tree_from_proto, tree_to_proto
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.types import (
     FinishReason,
@@ -73,6 +74,7 @@ def _sampling_fields(message: pb.SamplingParams) -> tuple[dict[str, Any], dict[s
     speculation: dict[str, Any] = {
         "mode": _MODES.get(options.mode, options.mode),
         "latency_class": _CLASSES.get(options.latency_class, options.latency_class),
+        "include_trees": options.include_trees,
     }
     speculation |= {name: getattr(options, name) for name in ("max_tree_nodes", "max_depth") if options.HasField(name)}
     return fields, speculation
@@ -90,6 +92,7 @@ def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
             max_tree_nodes=params.speculation.max_tree_nodes,
             max_depth=params.speculation.max_depth,
             latency_class=_CLASSES_TO_PROTO[LatencyClass(params.speculation.latency_class)],  # type: ignore[arg-type]
+            include_trees=params.speculation.include_trees,
         ),
     )
 
@@ -155,6 +158,7 @@ def delta_to_proto(delta: RequestDelta) -> pb.Delta:
         text=delta.text,
         logprobs=logprobs_to_proto(delta.logprobs),
         num_accepted=delta.num_accepted,
+        tree=None if delta.tree is None else tree_to_proto(delta.tree),
     )
 
 
@@ -167,6 +171,7 @@ def delta_from_proto(message: pb.Delta, request_id: str, *, has_logprobs: bool =
         text=message.text,
         logprobs=logprobs_from_proto(message.logprobs) if has_logprobs else None,
         num_accepted=message.num_accepted,
+        tree=tree_from_proto(message.tree) if message.HasField("tree") else None,
     )
 
 

@@ -40,6 +40,12 @@ def request_to_proto(
     return message
 
 
+def refuse_trees(params: SamplingParams | None) -> None:
+    """Raises InvalidRequestError if trees are asked for where no delta is seen."""
+    if params is not None:
+        params.speculation.refuse_trees()
+
+
 def set_input(message: pb.GenerateRequest | pb.TokenizeRequest, prompt: Prompt) -> None:
     """Puts a prompt into a message.
 

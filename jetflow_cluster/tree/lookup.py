@@ -38,6 +38,16 @@ class ContextMatch:
     token_ids: list[int]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ContextGuess:
+    """The part of a match in a tree's candidates."""
+
+    #: What the match says, from depth 1 on.
+    token_ids: list[int]
+    #: How many of these tokens, the first ones, are candidates of the drafter too.
+    num_shared: int
+
+
 class ContextIndex:
     """Finds matches in one growing text; `extend` takes constant time per token."""
 
@@ -176,6 +186,17 @@ def mix_lookup(table: CandidateTable, match: ContextMatch) -> CandidateTable:
         row[:] = _fixed(shares)
         above = place
     return CandidateTable(ids=torch.from_numpy(ids), scores=torch.from_numpy(scores))
+
+
+def guess_of(match: ContextMatch, table: CandidateTable | None) -> ContextGuess:
+    """Which of a match's tokens the drafter's own candidates hold; None where it was not asked."""
+    own = [] if table is None else table.ids.tolist()
+    num_shared = 0
+    for token, candidates in zip(match.token_ids, own, strict=False):
+        if token not in candidates:
+            break
+        num_shared += 1
+    return ContextGuess(token_ids=match.token_ids, num_shared=num_shared)
 
 
 def lookup_table(match: ContextMatch) -> CandidateTable:

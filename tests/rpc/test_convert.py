@@ -15,6 +15,7 @@ from jetflow_cluster.rpc.errors import InvalidFieldsError, StatusError
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.types import (
     FinishReason,
+    GuessSource,
     LatencyClass,
     RequestDelta,
     RequestOutput,
@@ -22,6 +23,7 @@ from jetflow_cluster.types import (
     SpeculationMode,
     SpeculationOptions,
     SpeculationStats,
+    StepTree,
     TokenLogprobs,
     Usage,
 )
@@ -62,8 +64,19 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
             max_tree_nodes=draw(st.none() | st.integers(1, 512)),
             max_depth=draw(st.none() | st.integers(1, 64)),
             latency_class=draw(st.sampled_from(LatencyClass)),
+            include_trees=draw(st.booleans()),
         ),
     )
+
+
+trees = st.builds(
+    StepTree,
+    token_ids=st.lists(tokens, max_size=4),
+    parents=st.lists(st.integers(-1, 511), max_size=4),
+    path_logprobs=st.lists(st.floats(-1e3, 0, width=32), max_size=4),
+    sources=st.lists(st.sampled_from(GuessSource), max_size=4),
+    accepted_nodes=st.lists(st.integers(0, 511), max_size=4),
+)
 
 
 @unhurried
@@ -89,6 +102,7 @@ def test_messages_have_every_field_of_the_types() -> None:
     assert names(pb.SpeculationOptions) == fields(SpeculationOptions)
     assert names(pb.Usage) == fields(Usage)
     assert names(pb.TokenLogprobs) == fields(TokenLogprobs)
+    assert names(pb.DraftTree) == fields(StepTree)
 
 
 @unhurried
@@ -101,6 +115,7 @@ def test_messages_have_every_field_of_the_types() -> None:
         text=text,
         logprobs=st.none() | st.lists(logprobs, max_size=3),
         num_accepted=counts,
+        tree=st.none() | trees,
     )
 )
 def test_deltas_go_there_and_back(delta: RequestDelta) -> None:

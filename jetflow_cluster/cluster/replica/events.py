@@ -15,6 +15,8 @@ from jetflow_cluster.types import FinishReason, InvalidRequestError
 _EVENT_BYTES = 512
 #: Bytes of one log-probability with its token, at most.
 _LOGPROB_BYTES = 20
+#: Bytes of a node of a tree, at most.
+_NODE_BYTES = 16
 
 
 def events_of(request_id: str, update: TicketUpdate) -> list[rpb.ReplicaEvent]:
@@ -64,6 +66,8 @@ def num_bytes_of(event: rpb.ReplicaEvent) -> int:
     total = _EVENT_BYTES
     if kind == "delta":
         total += 5 * len(event.delta.token_ids) + 4 * len(event.delta.text)
+        if event.delta.HasField("tree"):
+            total += _NODE_BYTES * len(event.delta.tree.parents)
     if logprobs:
         total += logprobs_bytes(len(logprobs), len(logprobs[0].top))
     return total

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jetflow_cluster.router.web.openai_requests import ApiRequest
+from jetflow_cluster.rpc.trees import source_of
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 
 #: Of a finish.
@@ -114,7 +115,26 @@ class Answer:
         chunk = self._head("chunk") | {"choices": [choice]}
         if self._request.has_usage:
             chunk["usage"] = None
+        if self._request.has_trees and delta is not None:
+            chunk["jetflow"] = self._step_of(delta)
         return chunk
+
+    def _step_of(self, delta: pb.Delta) -> dict[str, Any]:
+        """What a step gave, token by token, and what it guessed."""
+        step: dict[str, Any] = {"num_accepted": delta.num_accepted, "token_ids": list(delta.token_ids)}
+        step["token_texts"] = [self._token_text(token) for token in delta.token_ids]
+        step["tree"] = self._tree_of(delta.tree) if delta.HasField("tree") else None
+        return step
+
+    def _tree_of(self, tree: pb.DraftTree) -> dict[str, Any]:
+        return {
+            "token_ids": list(tree.token_ids),
+            "token_texts": [self._token_text(token) for token in tree.token_ids],
+            "parents": list(tree.parents),
+            "path_logprobs": list(tree.path_logprobs),
+            "sources": [source_of(number).value for number in tree.sources],
+            "accepted_nodes": list(tree.accepted_nodes),
+        }
 
     def _stop_reason(self) -> str | int | None:
         which = self._finished.WhichOneof("matched_stop")

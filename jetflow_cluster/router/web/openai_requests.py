@@ -50,6 +50,8 @@ class ApiRequest:
     num_logprobs: int | None
     #: Whether token ids are told beside the text.
     has_token_ids: bool
+    #: Whether each chunk of a stream tells its step's tree.
+    has_trees: bool
 
 
 def read_request(kind: Kind, body: dict[str, Any]) -> ApiRequest:
@@ -79,6 +81,9 @@ def read_request(kind: Kind, body: dict[str, Any]) -> ApiRequest:
     options.only({"include_obfuscation": [False]})
     fields.adopt(options)
     has_token_ids = fields.take("return_token_ids", bool, default=False)
+    has_trees = message.sampling.speculation.include_trees
+    if has_trees and not is_stream:
+        fields.refuse("speculation.include_trees", True, "only a stream tells trees: needs stream = true")
     fields.only(_ONLY[kind])
     checks.refuse([*fields.problems, *fields.unknown()])
     return ApiRequest(
@@ -88,6 +93,7 @@ def read_request(kind: Kind, body: dict[str, Any]) -> ApiRequest:
         has_usage=has_usage,
         num_logprobs=num_logprobs,
         has_token_ids=has_token_ids,
+        has_trees=has_trees,
     )
 
 
@@ -164,6 +170,7 @@ def _read_sampling(kind: Kind, fields: Fields, num_logprobs: int | None) -> pb.S
     options = fields.take_object("speculation")
     speculation = {"mode": options.take("mode", str)}
     speculation |= {name: options.take(name, int) for name in ("max_tree_nodes", "max_depth")}
+    speculation |= {"include_trees": options.take("include_trees", bool)}
     speculation = {name: value for name, value in speculation.items() if value is not None}
     fields.adopt(options)
     try:

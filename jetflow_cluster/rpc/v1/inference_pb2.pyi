@@ -21,6 +21,14 @@ class LatencyClass(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LATENCY_CLASS_INTERACTIVE: _ClassVar[LatencyClass]
     LATENCY_CLASS_BATCH: _ClassVar[LatencyClass]
 
+class GuessSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GUESS_SOURCE_UNSPECIFIED: _ClassVar[GuessSource]
+    GUESS_SOURCE_ANCHOR: _ClassVar[GuessSource]
+    GUESS_SOURCE_HEAD: _ClassVar[GuessSource]
+    GUESS_SOURCE_CONTEXT: _ClassVar[GuessSource]
+    GUESS_SOURCE_HEAD_AND_CONTEXT: _ClassVar[GuessSource]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -35,6 +43,11 @@ LATENCY_CLASS_UNSPECIFIED: LatencyClass
 LATENCY_CLASS_NORMAL: LatencyClass
 LATENCY_CLASS_INTERACTIVE: LatencyClass
 LATENCY_CLASS_BATCH: LatencyClass
+GUESS_SOURCE_UNSPECIFIED: GuessSource
+GUESS_SOURCE_ANCHOR: GuessSource
+GUESS_SOURCE_HEAD: GuessSource
+GUESS_SOURCE_CONTEXT: GuessSource
+GUESS_SOURCE_HEAD_AND_CONTEXT: GuessSource
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -61,16 +74,18 @@ class ChatMessages(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
 
 class SpeculationOptions(_message.Message):
-    __slots__ = ("mode", "max_tree_nodes", "max_depth", "latency_class")
+    __slots__ = ("mode", "max_tree_nodes", "max_depth", "latency_class", "include_trees")
     MODE_FIELD_NUMBER: _ClassVar[int]
     MAX_TREE_NODES_FIELD_NUMBER: _ClassVar[int]
     MAX_DEPTH_FIELD_NUMBER: _ClassVar[int]
     LATENCY_CLASS_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_TREES_FIELD_NUMBER: _ClassVar[int]
     mode: SpeculationMode
     max_tree_nodes: int
     max_depth: int
     latency_class: LatencyClass
-    def __init__(self, mode: _Optional[_Union[SpeculationMode, str]] = ..., max_tree_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., latency_class: _Optional[_Union[LatencyClass, str]] = ...) -> None: ...
+    include_trees: bool
+    def __init__(self, mode: _Optional[_Union[SpeculationMode, str]] = ..., max_tree_nodes: _Optional[int] = ..., max_depth: _Optional[int] = ..., latency_class: _Optional[_Union[LatencyClass, str]] = ..., include_trees: bool = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "prompt_logprobs", "prior_output_token_ids", "speculation")
@@ -173,19 +188,35 @@ class Started(_message.Message):
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, request_id: _Optional[str] = ..., replica_id: _Optional[str] = ..., model: _Optional[str] = ..., seed: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class DraftTree(_message.Message):
+    __slots__ = ("token_ids", "parents", "path_logprobs", "sources", "accepted_nodes")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PARENTS_FIELD_NUMBER: _ClassVar[int]
+    PATH_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_NODES_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    parents: _containers.RepeatedScalarFieldContainer[int]
+    path_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    sources: _containers.RepeatedScalarFieldContainer[GuessSource]
+    accepted_nodes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., parents: _Optional[_Iterable[int]] = ..., path_logprobs: _Optional[_Iterable[float]] = ..., sources: _Optional[_Iterable[_Union[GuessSource, str]]] = ..., accepted_nodes: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class Delta(_message.Message):
-    __slots__ = ("seq_offset", "token_ids", "text", "logprobs", "num_accepted")
+    __slots__ = ("seq_offset", "token_ids", "text", "logprobs", "num_accepted", "tree")
     SEQ_OFFSET_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    TREE_FIELD_NUMBER: _ClassVar[int]
     seq_offset: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text: str
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
     num_accepted: int
-    def __init__(self, seq_offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., num_accepted: _Optional[int] = ...) -> None: ...
+    tree: DraftTree
+    def __init__(self, seq_offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., num_accepted: _Optional[int] = ..., tree: _Optional[_Union[DraftTree, _Mapping]] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens")
