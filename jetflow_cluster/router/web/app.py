@@ -21,6 +21,7 @@ from jetflow_cluster.router.text import TextCodec
 from jetflow_cluster.router.web.errors import HttpError, http_error, internal_error
 from jetflow_cluster.router.web.openai_answers import Answer, model_of
 from jetflow_cluster.router.web.openai_requests import Kind, read_request
+from jetflow_cluster.router.web.page_files import page_routes
 from jetflow_cluster.router.web.transport import EventStream, Push, read_json, while_connected
 from jetflow_cluster.rpc.limits import MAX_REQUEST_BYTES
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
@@ -36,7 +37,7 @@ class HttpApi:
         servicer: answers, as it does over gRPC.
         codec: the model's tokenizer, if it has one.
         is_serving: whether requests can be served now.
-        gate: before every route but that of health.
+        gate: before every route but those of health and the page.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class HttpApi:
             Route("/v1/models", _Guarded(self._models, self._gate), methods=["GET"]),
             Route("/v1/models/{model:path}", _Guarded(self._model, self._gate), methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
+            *page_routes(),
         ]
 
     async def _chat(self, request: Request) -> ASGIApp:
