@@ -1,8 +1,8 @@
 """Whether trees kept what they promised: tokens per second of steps with trees beside those of steps without.
 
 Costs are foretold from a model, and a model errs: trees of many sizes in one batch, or a busy machine, cost more than
-was measured. So every kind of step is also timed as it comes, by load, and a kind that falls behind plain steps is left
-out for a while, longer each time.
+was measured. So every kind of step is also timed as it comes, by load, and a kind that falls behind plain steps twice
+in a row is left out for a while, longer each time.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class _Record:
     #: Steps for which it is still left out, and for how many it will be the next time.
     pause: int = 0
     next_pause: int = _FIRST_PAUSE
+    #: Whether it was behind when it was last judged.
+    is_doubted: bool = False
 
     @property
     def pace(self) -> float:
@@ -98,14 +100,21 @@ class Pace:
         return plain.age >= _PLAIN_EVERY
 
     def _judge(self, record: _Record, plain: _Record, num_decoding: int) -> None:
-        needed = max(_LEAST_JUDGED, _NUM_JUDGED // num_decoding)
+        needed = max(_LEAST_JUDGED, _NUM_JUDGED // num_decoding // (2 if record.is_doubted else 1))
         if record.num < _decayed(needed) or plain.num < 1.0:
             return
-        if record.pace < plain.pace:
+        if record.pace >= plain.pace:
+            record.is_doubted = False
+            if record.pace > 1.1 * plain.pace:
+                record.next_pause = _FIRST_PAUSE
+            return
+        if record.is_doubted:
             record.pause, record.next_pause = record.next_pause, min(2 * record.next_pause, _LONGEST_PAUSE)
-            record.forget()
-        elif record.pace > 1.1 * plain.pace:
-            record.next_pause = _FIRST_PAUSE
+        else:
+            # The machine may have been slow while only this kind was timed: both are timed anew, beside each other.
+            plain.forget()
+        record.is_doubted = not record.is_doubted
+        record.forget()
 
     def _record(self, kind: StepKind, load: int) -> _Record:
         return self._records.setdefault((kind, load), _Record())

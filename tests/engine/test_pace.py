@@ -12,12 +12,18 @@ def _run(pace: Pace, kind: StepKind, *, times: int, tokens: int, took_s: float, 
         pace.observe(kind, load, tokens, took_s)
 
 
+def _run_twice(pace: Pace, kind: StepKind, *, tokens: int, took_s: float) -> None:
+    """Until it is judged for the second time, beside plain steps of 8 requests, 10 ms each."""
+    for times in (12, 6):
+        _run(pace, StepKind.PLAIN, times=3, tokens=8, took_s=0.01)
+        _run(pace, kind, times=times, tokens=tokens, took_s=took_s)
+
+
 @pytest.mark.parametrize("kind", [StepKind.HEAD, StepKind.LOOKUP], ids=lambda kind: kind.value)
 @pytest.mark.parametrize(("tokens", "allowed"), [(12, False), (15, False), (17, True), (30, True)])
 def test_a_kind_must_keep_the_plain_pace(kind: StepKind, tokens: int, allowed: bool) -> None:
     pace = Pace()
-    _run(pace, StepKind.PLAIN, times=3, tokens=8, took_s=0.01)
-    _run(pace, kind, times=12, tokens=tokens, took_s=0.02)
+    _run_twice(pace, kind, tokens=tokens, took_s=0.02)
     assert pace.allows(kind, 8) is allowed
     assert pace.allows(kind, 5) is allowed, "loads up to the same power of two are one"
     assert pace.allows(kind, 4) and pace.allows(kind, 9), "other loads are not judged"
@@ -29,15 +35,33 @@ def test_a_single_request_may_have_bad_luck_for_a_while() -> None:
     _run(pace, StepKind.HEAD, times=95, tokens=1, took_s=0.02, load=1)
     assert pace.allows(StepKind.HEAD, 1)
     _run(pace, StepKind.HEAD, times=1, tokens=1, took_s=0.02, load=1)
+    assert pace.allows(StepKind.HEAD, 1)
+    _run(pace, StepKind.HEAD, times=4, tokens=1, took_s=0.02, load=1)
+    assert pace.wants_plain(1)
+    _run(pace, StepKind.PLAIN, times=2, tokens=1, took_s=0.01, load=1)
+    _run(pace, StepKind.HEAD, times=43, tokens=1, took_s=0.02, load=1)
+    assert pace.allows(StepKind.HEAD, 1)
+    _run(pace, StepKind.HEAD, times=1, tokens=1, took_s=0.02, load=1)
     assert not pace.allows(StepKind.HEAD, 1)
+
+
+def test_a_machine_that_was_slow_for_a_while_decides_nothing() -> None:
+    """Plain steps were timed before it, so the others look bad until both are timed again."""
+    pace = Pace()
+    for _ in range(3):
+        _run(pace, StepKind.PLAIN, times=3, tokens=8, took_s=0.01)
+        _run(pace, StepKind.HEAD, times=12, tokens=24, took_s=0.09)
+        assert pace.allows(StepKind.HEAD, 8)
+        _run(pace, StepKind.PLAIN, times=3, tokens=8, took_s=0.045)
+        _run(pace, StepKind.HEAD, times=12, tokens=24, took_s=0.09)
+        assert pace.allows(StepKind.HEAD, 8)
 
 
 def test_pauses_end_and_grow() -> None:
     pace = Pace()
     lengths = []
     for _ in range(7):
-        _run(pace, StepKind.PLAIN, times=2, tokens=8, took_s=0.01)
-        _run(pace, StepKind.HEAD, times=12, tokens=8, took_s=0.02)
+        _run_twice(pace, StepKind.HEAD, tokens=8, took_s=0.02)
         lengths.append(0)
         while not pace.allows(StepKind.HEAD, 8):
             _run(pace, StepKind.PLAIN, times=1, tokens=8, took_s=0.01)
