@@ -67,6 +67,10 @@ def generate(
     prompt: opt.PromptText = None,
     file: opt.PromptFile = None,
     server: opt.Server = None,
+    token: opt.Token = None,
+    ca_cert: opt.CaCert = None,
+    client_cert: opt.ClientCert = None,
+    client_key: opt.ClientKey = None,
     model: opt.Model = None,
     draft_head: opt.DraftHead = None,
     dtype: opt.ComputeType = opt.DType.AUTO,
@@ -116,9 +120,13 @@ def generate(
         speculation=SpeculationOptions(mode=speculation, max_tree_nodes=max_tree_nodes, max_depth=max_depth),
     )
     text = opt.read_prompt(prompt, file)
+    access = cli_remote.Access(token=token, ca_cert=ca_cert, client_cert=client_cert, client_key=client_key)
+    access.check_used(server)
     if server is not None:
+        if token is None:
+            access = dataclasses.replace(access, token=read_environment().token)
         engine = {"draft_head": draft_head, "dtype": dtype.value, "device": device, "max_model_len": max_model_len}
-        with cli_remote.connect(server, model, engine) as remote:
+        with cli_remote.connect(server, model, engine, access) as remote:
             _complete(remote, text, params, chat=chat, as_json=as_json, stats=stats)
         return
     llm = _load(model, draft_head, dtype, device, speculation, max_model_len=max_model_len)

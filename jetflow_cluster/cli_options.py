@@ -27,7 +27,7 @@ def _option(panel: str, text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel)
 
 
-_MODEL, _SAMPLING, _SPECULATION = "Model", "Sampling and stopping", "Speculation"
+_MODEL, _SERVER, _SAMPLING, _SPECULATION = "Model", "Server", "Sampling and stopping", "Speculation"
 
 PromptText = Annotated[str | None, typer.Argument(help="The text to complete.", show_default=False)]
 PromptFile = Annotated[
@@ -40,7 +40,11 @@ Model = Annotated[str | None, _option(_MODEL, "Target model: a folder or a Huggi
 DraftHead = Annotated[str | None, _option(_MODEL, "Draft head for it: a folder or a Hugging Face id.")]
 Device = Annotated[str, _option(_MODEL, "auto, cpu, cuda or cuda:N.")]
 ComputeType = Annotated[DType, _option(_MODEL, "Compute type; auto is the checkpoint's own.")]
-Server = Annotated[str | None, _option(_MODEL, "Ask a server, host:port; several by comma.")]
+Server = Annotated[str | None, _option(_SERVER, "Ask a server, host:port; several by comma.")]
+Token = Annotated[str | None, _option(_SERVER, "Bearer token for it; better in JETFLOW_TOKEN.", "--token")]
+CaCert = Annotated[Path | None, _option(_SERVER, "Speak TLS; PEM file of the authorities to trust.")]
+ClientCert = Annotated[Path | None, _option(_SERVER, "Own certificate, for mutual TLS (PEM).")]
+ClientKey = Annotated[Path | None, _option(_SERVER, "Its key (PEM).")]
 MaxModelLen = Annotated[int | None, _option(_MODEL, "Longest prompt plus output.")]
 Chat = Annotated[bool, _option(_MODEL, "Ask with the model's chat template.", "--chat")]
 

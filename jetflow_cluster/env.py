@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _PREFIX = "JETFLOW_"
@@ -22,6 +22,9 @@ class Environment:
     num_threads: int | None = None
     #: ``JETFLOW_CACHE_DIR``: where measured costs are kept between runs; ``~`` is the home folder.
     cache_dir: Path = Path("~/.cache/jetflow")
+    #: ``JETFLOW_TOKEN``: bearer token for ``jetflow generate --server``; an argument would be seen by
+    #: other programs of the machine.
+    token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.log_level not in _LOG_LEVELS:
@@ -41,7 +44,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     """
     found = os.environ if variables is None else variables
     ours = {name: value for name, value in found.items() if name.startswith(_PREFIX)}
-    known = {"JETFLOW_LOG_LEVEL", "JETFLOW_NUM_THREADS", "JETFLOW_CACHE_DIR"}
+    known = {"JETFLOW_LOG_LEVEL", "JETFLOW_NUM_THREADS", "JETFLOW_CACHE_DIR", "JETFLOW_TOKEN"}
     for name in sorted(ours.keys() - known):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
@@ -53,4 +56,5 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         log_level=ours.get("JETFLOW_LOG_LEVEL", "warning").lower(),
         num_threads=int(threads) if threads is not None else None,
         cache_dir=Path(ours.get("JETFLOW_CACHE_DIR") or Environment.cache_dir),
+        token=ours.get("JETFLOW_TOKEN") or None,
     )

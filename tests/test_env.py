@@ -13,6 +13,8 @@ from jetflow_cluster.env import Environment, read_environment
         pytest.param({}, Environment(), id="empty"),
         pytest.param({"PATH": "x", "JETFLOW_LOG_LEVEL": "DEBUG"}, Environment(log_level="debug"), id="level"),
         pytest.param({"JETFLOW_CACHE_DIR": "x/y"}, Environment(cache_dir=Path("x/y")), id="cache"),
+        pytest.param({"JETFLOW_TOKEN": "abc"}, Environment(token="abc"), id="token"),
+        pytest.param({"JETFLOW_TOKEN": ""}, Environment(), id="no-token"),
         pytest.param({"JETFLOW_NUM_THREADS": "3"}, Environment(num_threads=3), id="threads"),
     ],
 )
@@ -33,3 +35,7 @@ def test_values_are_read(variables: dict[str, str], expected: Environment) -> No
 def test_mistakes_are_named(variables: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_environment(variables)
+
+
+def test_a_token_is_not_shown() -> None:
+    assert "abc" not in repr(read_environment({"JETFLOW_TOKEN": "abc"}))

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jetflow_cluster.bench.panels import PANELS, Panel, Scrape
 from jetflow_cluster.bench.report import load_pyplot
@@ -17,6 +18,10 @@ _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _TIMEOUT_S = 5.0
 #: Seconds over which a rate is taken; values change every ten at Ray's default.
 _WINDOW_S = 12.0
+#: What the dashboard's units say in words.
+_UNITS = {"s": "seconds", "reqps": "per second", "ops": "per second"}
+#: More series than this are shades of one colour.
+_MAX_COLOURS = 6
 
 
 def parse(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -67,12 +72,36 @@ class Recorder:
         num_rows = -(-len(PANELS) // 3)
         figure, axes = plt.subplots(num_rows, 3, figsize=(15, 2.6 * num_rows), squeeze=False)
         for axis, panel in zip(axes.flat, PANELS, strict=False):
-            for legend, points in self.lines(panel).items():
-                axis.plot(*zip(*points, strict=True), linewidth=1.2, label=legend)
-            axis.set_title(f"{panel.title} [{panel.unit}]", loc="left", fontsize=9)
-            axis.set_ylim(bottom=0)
-            axis.tick_params(labelsize=7)
-            axis.legend(fontsize=6, ncols=2, loc="upper left")
+            _draw_panel(axis, panel, self.lines(panel))
+        for axis in axes[-1]:
+            axis.set_xlabel("seconds", fontsize=8)
         figure.tight_layout()
         figure.savefig(path, dpi=110)
         plt.close(figure)
+
+
+def _draw_panel(axis: Any, panel: Panel, lines: dict[str, list[tuple[float, float]]]) -> None:
+    """Series by their names, in the order of numbers where these are; the legend is above them and hides none."""
+    names = sorted(lines, key=int) if all(name.isdigit() for name in lines) else list(lines)
+    are_many = len(names) > _MAX_COLOURS
+    for index, name in enumerate(names):
+        style: dict[str, Any] = {"color": _shade(index / len(names))} if are_many else {}
+        # Of a row of shades some are named.
+        label = name if not are_many or index % 4 == 0 else "_"
+        axis.plot(*zip(*lines[name], strict=True), linewidth=1.2, label=label, **style)
+    unit = _UNITS.get(panel.unit, "")
+    axis.set_title(f"{panel.title}{unit and f', {unit}'}", loc="left", fontsize=9, pad=16)
+    axis.set_ylim(bottom=0, top=None if any(value for line in lines.values() for _, value in line) else 1)
+    axis.tick_params(labelsize=7)
+    if panel.unit == "percentunit":
+        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    legend = {"loc": "lower left", "bbox_to_anchor": (0, 0.99), "borderaxespad": 0, "frameon": False}
+    if names:
+        axis.legend(fontsize=7, ncols=4, handlelength=1, columnspacing=1.2, **legend)
+
+
+def _shade(share: float) -> tuple[float, float, float]:
+    """From the first of a row, dark, to the last, light."""
+    return 0.04 + 0.7 * share, 0.36 + 0.45 * share, 0.46 + 0.4 * share

@@ -13,6 +13,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -30,6 +31,26 @@ from jetflow_cluster.types import RequestOutput, SamplingParams
 
 #: Name under which `grpc.health.v1` tells whether requests can be served now.
 SERVICE = f"{DOMAIN}.JetFlowInference"
+
+
+def tls_credentials(
+    ca_file: str | Path | None = None, cert_file: str | Path | None = None, key_file: str | Path | None = None
+) -> grpc.ChannelCredentials:
+    """What a client needs for TLS, from PEM files.
+
+    Args:
+        ca_file: authorities that the server's certificate is checked by; None is those of gRPC.
+        cert_file: the client's own chain, for a server that wants one (mutual TLS).
+        key_file: its key.
+
+    Raises:
+        ValueError: a certificate without its key, or a key without its certificate.
+        OSError: a file cannot be read.
+    """
+    if (cert_file is None) != (key_file is None):
+        raise ValueError(f"key_file = {str(key_file)!r}: certificate and key must be given together")
+    ca, key, chain = (None if file is None else Path(file).read_bytes() for file in (ca_file, key_file, cert_file))
+    return grpc.ssl_channel_credentials(ca, key, chain)
 
 
 class _Channels:
@@ -112,7 +133,7 @@ class JetFlowClient(_ClientBase):
         servers: addresses such as ``host:9000``; calls take turns.
         timeout_s: seconds for each operation, with all its retries and resumes; None is no limit.
         retry: when to try again.
-        credentials: for TLS, as `grpc.ssl_channel_credentials` makes them; None is an insecure channel.
+        credentials: for TLS, as `tls_credentials` makes them; None is an insecure channel.
         token: shown with every call; None shows none.
 
     Every method raises `StatusError` with the gRPC code, a message and details when it failed for good, and

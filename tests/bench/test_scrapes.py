@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from jetflow_cluster import metrics as m
-from jetflow_cluster.bench.panels import PANELS
-from jetflow_cluster.bench.scrapes import Recorder, parse
+from jetflow_cluster.bench.panels import PANELS, RATE, Panel, Series
+from jetflow_cluster.bench.report import load_pyplot
+from jetflow_cluster.bench.scrapes import Recorder, _draw_panel, parse
 from jetflow_cluster.metrics import COUNTER, HISTOGRAM
 
 TEXT = """# HELP ray_jetflow_request_success_total d
@@ -42,3 +43,17 @@ def test_panels_without_values_are_named_and_others_drawn(tmp_path: Path) -> Non
     assert {panel.title for panel in PANELS} > latencies
     recorder.draw(tmp_path / "dashboard.png")
     assert (tmp_path / "dashboard.png").stat().st_size > 10_000
+
+
+def test_series_by_number_are_drawn_in_their_order() -> None:
+    series = Series(legend="{{depth}}", kind=RATE, metric=m.STEPS, by="depth")
+    panel = Panel(title="by depth", unit="percentunit", series=(series,))
+    recorder = Recorder([])
+    for step in range(3):
+        found = {(m.STEPS.exported, frozenset({("depth", str(d))})): float(step * d) for d in (11, 2, 10, 1, 0, 9, 3)}
+        recorder.scrapes.append((20.0 * step, found))
+    figure, axis = load_pyplot().subplots()
+    _draw_panel(axis, panel, recorder.lines(panel))
+    heights = [line.get_ydata()[-1] for line in axis.get_lines()]
+    load_pyplot().close(figure)
+    assert heights == [d / 20 for d in (0, 1, 2, 3, 9, 10, 11)]

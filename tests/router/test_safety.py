@@ -21,34 +21,11 @@ from jetflow_cluster.rpc.secret import SecretInterceptor, split_address, with_se
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.rpc.v1 import inference_pb2_grpc
 from jetflow_cluster.types import SamplingParams
+from support.certificates import TOKEN, Files
 from support.toy_cluster import PROMPT, cluster, failure, request, run, stream, until
 from support.toy_replica import expected
 
-trustme = pytest.importorskip("trustme")
-
-TOKEN = "a-token-of-some-length"
-
-
-class Files:
-    """Certificates of an authority of their own, and a file of tokens."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.authority = folder, trustme.CA()
-        self.ca, self.cert, self.key = folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
-        self.tokens = folder / "tokens.yaml"
-        self.authority.cert_pem.write_to_path(str(self.ca))
-        self.renew()
-        self.tokens.write_text(f"- {{name: one, token: {TOKEN}}}\n")
-
-    def renew(self) -> None:
-        made = self.authority.issue_cert("localhost", "127.0.0.1")
-        made.private_key_pem.write_to_path(str(self.key))
-        made.cert_chain_pems[0].write_to_path(str(self.cert))
-        self.pem = made.cert_chain_pems[0].bytes()
-
-    def client(self) -> tuple[bytes, bytes]:
-        made = self.authority.issue_cert("client@example.org")
-        return made.private_key_pem.bytes(), made.cert_chain_pems[0].bytes()
+pytest.importorskip("trustme")
 
 
 @pytest.fixture

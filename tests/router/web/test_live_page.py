@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,15 @@ def test_files_and_headers(served: list[EngineFrontend], tmp_path: Path) -> None
             assert (await session.post(f"{base}/")).status == 405
 
     run(test, 60)
+
+
+def test_the_package_has_the_files() -> None:
+    data = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]
+    root = FOLDER.parents[2]
+    shipped = {path for pattern in data["jetflow_cluster"] for path in root.glob(pattern)}
+    assert shipped >= set(FOLDER.iterdir())
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.iterdir()), ids=lambda path: path.name)
