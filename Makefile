@@ -86,7 +86,8 @@ test-gpu: gpu ## On a CUDA device, from a checkout without installation: kernels
 	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest -q -rsP tests/kernels/interpreted/*_cases.py tests/kernels/test_compilations.py tests/gpu
 
 bench-gpu: gpu ## On a CUDA device: the kernels beside scaled_dot_product_attention and FlexAttention; figures in out/kernels
-	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/benchmarks/tree_attention.py --output $(OUT)/kernels
+	for op in tree_attention qk_norm_rope_store commit_kv; do \
+	  PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/benchmarks/$$op.py --output $(OUT)/kernels || exit 1; done
 
 train: $(STAMP) ## Rebuild the embedded model from nothing; resumes where it stopped
 	$(RUN)/python -m jetflow_cluster.training.recipe

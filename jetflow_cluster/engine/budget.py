@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, StepPlan
+import numpy as np
+
+from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, Source, StepPlan
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.draft_tree import DraftTree
@@ -18,6 +20,7 @@ class GivenBudget(ABC):
     keeps_context = True
     reason = "given"
     price_per_s = 0.0
+    maps: np.ndarray | None = None
 
     @abstractmethod
     def nodes_per_tree(self, num_decoding: int) -> int:
@@ -35,6 +38,11 @@ class GivenBudget(ABC):
     ) -> tuple[StepPlan, Sequence[CandidateTable | None]]:
         """See `BudgetPolicy`: as they are."""
         return plan, tables
+
+    def price_rows(self, plan: StepPlan, sources: Sequence[Source]) -> StepPlan:
+        """See `BudgetPolicy`: as it is."""
+        del sources
+        return plan
 
     def observe(
         self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from jetflow_cluster.cache.kv_cache import allocate_kv, kv_dtype
+from jetflow_cluster.config import MAX_WIDTH
 from jetflow_cluster.engine.batch import chain_parents, page_table_tensor
 from jetflow_cluster.engine.protocols import ScheduledRequest, StepPlan
 from jetflow_cluster.engine.request import Request
@@ -15,7 +16,7 @@ from jetflow_cluster.models.batch import ForwardBatch
 from jetflow_cluster.models.draft_head import DraftHead, DraftHeadConfig
 from jetflow_cluster.models.sidecar import SideCar
 from jetflow_cluster.models.target_ends import TargetEnds
-from jetflow_cluster.tree.build import CandidateTable
+from jetflow_cluster.tree.build import CandidateTable, cut_table
 from jetflow_cluster.tree.coupled import DraftSampling, candidate_tables
 from jetflow_kernels.tree_attention import plan_tree_attention
 from jetflow_kernels.warmup import launch_every_kernel
@@ -62,6 +63,9 @@ class HeadDrafter:
         self.num_scratch_rows = config.block_size
         self.num_block_slots = None if config.causal else config.block_size
         self.epoch = 0
+        #: Tables are made as wide as they can be and then cut, so that a tree does not depend on the sizes of others;
+        #: recorded steps do the same. Otherwise they are as wide as the widest of a step, which costs less.
+        self.is_full_width = False
         self._target = target
         self._page_size = page_size
         self._device = target.device
@@ -111,12 +115,12 @@ class HeadDrafter:
         made = self.tables(
             self.blocks([item.request for item in items], depth),
             depth=depth,
-            width=max(item.head_width for item in items),
+            width=MAX_WIDTH if self.is_full_width else max(item.head_width for item in items),
             anchor_ids=[item.request.token_ids[-1] for item in items],
             sampling=[draft_sampling(item) for item in items],
         )
         for i, table in zip(chosen, made, strict=True):
-            found[i] = table
+            found[i] = cut_table(table, plan.items[i].head_width) if self.is_full_width else table
         return found
 
     def tables(

@@ -36,6 +36,7 @@ from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.draft_tree import DraftTree
 from jetflow_cluster.types import EngineStats, FinishReason, RequestDelta
 from jetflow_kernels import compilations
+from jetflow_kernels.warmup import launch_tree_kernels
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ class Engine:
         self.counters = StepCounters()
         self._early: list[RequestDelta] = []
         self._draft_epoch = drafter.epoch if drafter is not None else 0
+        model = target.model
+        launch_tree_kernels(target.device, vocab_size=model.config.vocab_size, dtype=model.dtype)
 
     @property
     def pool(self) -> PagePool:
@@ -153,8 +156,7 @@ class Engine:
 
     def _learn(self, plan: StepPlan, outcome: StepOutcome, took_s: float) -> None:
         self.counters.count(plan, outcome.trees, outcome.paths)
-        if outcome.has_nodes:
-            self.scheduler.budget.observe(plan, outcome.trees, outcome.paths, took_s)
+        self.scheduler.budget.observe(plan, outcome.trees, outcome.paths, took_s)
 
     def pages_with_draft_context(self) -> list[int]:
         """Pages whose draft context somebody may still read: those of running requests, and cached ones."""

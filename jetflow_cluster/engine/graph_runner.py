@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from jetflow_cluster.engine.batch import wants_prompt_logprobs
-from jetflow_cluster.engine.device_builder import trees_of
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.engine import Engine
-from jetflow_cluster.engine.protocols import ScheduledRequest, StepOutcome, StepPlan
+from jetflow_cluster.engine.lookup import ContextLookup
+from jetflow_cluster.engine.protocols import BudgetPolicy, ScheduledRequest, StepOutcome, StepPlan
 from jetflow_cluster.engine.request import Request
-from jetflow_cluster.engine.static_step import Bucket, StaticStep
+from jetflow_cluster.engine.static_parts import StaticPart, write_guesses
+from jetflow_cluster.engine.static_step import TREE_COLUMNS, Bucket, StaticStep
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.layers.sampling_row import has_penalties
 from jetflow_cluster.tree.accept import AcceptedPath
@@ -77,7 +79,8 @@ class GraphRunner:
         compute_eagerly: computes the steps that no bucket serves.
         max_len: longest prompt plus output.
         recorder: of the device.
-        is_traced: true while somebody wants to see whole trees, which are then read from the device.
+        budget: the policy in force, asked before each step.
+        lookup: the source of guesses beside the drafter, asked before each step.
     """
 
     def __init__(
@@ -88,14 +91,16 @@ class GraphRunner:
         *,
         max_len: int,
         recorder: Recorder,
-        is_traced: Callable[[], bool] = lambda: False,
+        budget: Callable[[], BudgetPolicy],
+        lookup: Callable[[], ContextLookup | None],
     ):
         self.target, self.drafter = target, drafter
         #: Told the name of each stage, as `Engine.on_stage` is.
         self.on_stage: Callable[[str], None] = lambda stage: None
         #: Steps that were served from buckets.
         self.num_static_steps = 0
-        self._compute_eagerly, self._recorder, self._is_traced = compute_eagerly, recorder, is_traced
+        self._compute_eagerly, self._recorder = compute_eagerly, recorder
+        self._budget, self._lookup = budget, lookup
         scratch_rows = max(NODES[-1], drafter.num_scratch_rows if drafter is not None else 1)
         self._num_pages = -(-(max_len + scratch_rows) // target.page_size)
         self._steps: dict[Bucket, tuple[StaticStep, Callable[[], None]]] = {}
@@ -104,21 +109,35 @@ class GraphRunner:
 
     def compute(self, plan: StepPlan) -> StepOutcome:
         """One step; from a bucket where one serves it."""
-        bucket = self.bucket_for(plan)
-        return self._compute_eagerly(plan) if bucket is None else self._compute_static(plan, bucket)
+        if not self.serves(plan):
+            return self._compute_eagerly(plan)
+        lookup = self._lookup()
+        looks = lookup.look(plan) if lookup is not None and plan.speculates else [None] * len(plan.items)
+        parts = [StaticPart(item, look) for item, look in zip(plan.items, looks, strict=True)]
+        plan = self._budget().price_rows(plan, [part.source for part in parts])
+        return self._compute_static(plan, parts, self.bucket_for(plan, parts))
 
-    def bucket_for(self, plan: StepPlan) -> Bucket | None:
-        """The smallest bucket that holds a plan; None where the plan asks for what static steps do not do."""
-        if not all(_is_static(item) for item in plan.items) or len(plan.items) > REQUESTS[-1]:
-            return None
-        nodes = max(_num_nodes(item) for item in plan.items)
-        if nodes > 1 and not all(_has_whole_context(item) for item in plan.items):
-            return None
-        if nodes > NODES[-1] or plan.tree_budget > ROWS_PER_BUCKET[-1] or (nodes > 1 and self.drafter is None):
-            return None
-        requests = _at_least(REQUESTS, len(plan.items))
-        nodes = _at_least(NODES, nodes)
-        rows = requests if nodes == 1 else _at_least(ROWS_PER_BUCKET, max(plan.tree_budget, len(plan.items)))
+    def serves(self, plan: StepPlan) -> bool:
+        """False where a plan asks for what static steps do not do."""
+        items = plan.items
+        if not all(_is_static(item) for item in items) or len(items) > REQUESTS[-1]:
+            return False
+        growing = [item for item in items if item.max_tree_nodes > 1]
+        if not growing:
+            return True
+        if self.drafter is None or not all(_has_whole_context(item) for item in items):
+            return False
+        if max(item.max_tree_nodes for item in growing) > NODES[-1] or plan.tree_budget > ROWS_PER_BUCKET[-1]:
+            return False
+        # Trees with a price and trees without one are built apart.
+        is_priced = self._budget().maps is not None and any(item.is_priced for item in growing)
+        return not (is_priced and any(item.is_forced for item in items))
+
+    def bucket_for(self, plan: StepPlan, parts: Sequence[StaticPart]) -> Bucket:
+        """The smallest bucket that holds a plan that is served."""
+        nodes = _at_least(NODES, max(part.num_nodes for part in parts))
+        requests = _at_least(REQUESTS, len(parts))
+        rows = requests if nodes == 1 else _at_least(ROWS_PER_BUCKET, max(plan.tree_budget, len(parts)))
         params = [item.request.params for item in plan.items]
         has_filters = any(not p.is_greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0) for p in params)
         wants_taps = self.drafter is not None and any(item.keeps_context for item in plan.items)
@@ -130,6 +149,9 @@ class GraphRunner:
             has_noise=any(not p.is_greedy for p in params),
             has_filters=has_filters,
             has_taps=nodes > 1 or wants_taps,
+            has_head=any(part.asks_head for part in parts),
+            has_lookup=nodes > 1 and any(part.look is not None and part.num_nodes > 1 for part in parts),
+            has_price=nodes > 1 and plan.row_costs is not None,
         )
 
     def _step(self, bucket: Bucket) -> tuple[StaticStep, Callable[[], None]]:
@@ -142,13 +164,13 @@ class GraphRunner:
             self._held[bucket] = [("", 0, 0)] * bucket.num_requests
         return found
 
-    def _compute_static(self, plan: StepPlan, bucket: Bucket) -> StepOutcome:
+    def _compute_static(self, plan: StepPlan, parts: Sequence[StaticPart], bucket: Bucket) -> StepOutcome:
         step, replay = self._step(bucket)
         self.on_stage("draft")
         if bucket.has_trees and self.drafter is not None:
             # Behind a prompt: what waits is projected now, and from here on the steps do it.
             self.drafter.absorb([item.request for item in plan.items if item.keeps_context])
-        self._write(step, plan, bucket)
+        self._write(step, plan, parts)
         step.inputs.upload()
         self.on_stage("verify")
         replay()
@@ -156,17 +178,14 @@ class GraphRunner:
         # The step's one wait for the device.
         step.outputs.download()
         out = step.outputs.host
-        lengths, counts = out["lengths"].tolist(), out["counts"].tolist()
-        nodes, tokens = out["nodes"].tolist(), out["token_ids"].tolist()
+        lengths, nodes, tokens = (out[name].tolist() for name in ("lengths", "nodes", "token_ids"))
         paths: list[AcceptedPath | None] = []
         for i, item in enumerate(plan.items):
             paths.append(AcceptedPath(nodes=nodes[i][: lengths[i]], token_ids=tokens[i][: lengths[i]]))
             self._note_context(step, item, i, lengths[i], bucket)
         self.num_static_steps += 1
         self.on_stage("commit")
-        if self._is_traced() or any(item.request.params.speculation.include_trees for item in plan.items):
-            return StepOutcome(trees=trees_of(step.trees)[: len(plan.items)], paths=paths)
-        return StepOutcome(trees=[_Grown(count) for count in counts[: len(plan.items)]], paths=paths, has_nodes=False)
+        return StepOutcome(trees=_trees(step, plan), paths=paths)
 
     def _note_context(self, step: StaticStep, item: ScheduledRequest, row: int, num_kept: int, bucket: Bucket) -> None:
         """What became of the draft context of a request."""
@@ -178,19 +197,18 @@ class GraphRunner:
         elif step.fused is not None and not request.keep_context(1):
             request.pending_fused.append(step.fused[row : row + 1].clone())
 
-    def _write(self, step: StaticStep, plan: StepPlan, bucket: Bucket) -> None:
+    def _write(self, step: StaticStep, plan: StepPlan, parts: Sequence[StaticPart]) -> None:
         """The host's tensors of one batch; rows of requests that are not there stand for nobody."""
-        host = step.inputs.host
-        num, max_depth = len(plan.items), self.drafter.max_depth if self.drafter is not None else 0
-        columns: dict[str, list[object]] = {name: [] for name in host if name not in ("page_table", "budget")}
-        for item in plan.items:
-            request, params = item.request, item.request.params
-            nodes = _num_nodes(item)
-            depth = min(item.head_depth, max_depth) if nodes > 1 else 0
+        host, bucket, num = step.inputs.host, step.bucket, len(parts)
+        head_depth = self._head_depth(parts)
+        columns: dict[str, list[object]] = {name: [] for name in _COLUMNS}
+        for part in parts:
+            request, params = part.item.request, part.item.request.params
             columns["anchor_ids"].append(request.token_ids[-1])
             columns["context_lens"].append(request.num_computed)
-            columns["limits"].append((nodes, depth, max(1, item.head_width), item.bias))
-            columns["has_context"].append(int(item.keeps_context))
+            depth = part.num_depths(head_depth)
+            columns["limits"].append((part.num_nodes, depth, part.width, part.item.bias))
+            columns["has_context"].append(int(part.item.keeps_context))
             columns["numbers"].append((as_signed(request.seed), len(request.token_ids), params.top_k, 0, 0))
             log_min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
             columns["factors"].append((params.temperature, params.top_p, log_min_p, 1.0, 0.0, 0.0))
@@ -198,7 +216,28 @@ class GraphRunner:
             host[name][:num] = torch.tensor(values, dtype=host[name].dtype)
             host[name][num:] = 0
         host["budget"][0] = min(bucket.num_rows, max(plan.tree_budget, num))
+        if bucket.has_lookup:
+            write_guesses(host, parts, head_depth)
+        if bucket.has_price:
+            self._write_price(host, plan)
         self._write_pages(host["page_table"], [item.request for item in plan.items], bucket)
+
+    def _head_depth(self, parts: Sequence[StaticPart]) -> int:
+        """Guesses of the head that count, as deep as the deepest request wants them."""
+        most = self.drafter.max_depth if self.drafter is not None else 0
+        return min(most, max((part.item.head_depth for part in parts if part.asks_head), default=0))
+
+    def _write_price(self, host: Mapping[str, torch.Tensor], plan: StepPlan) -> None:
+        maps, costs = self._budget().maps, plan.row_costs
+        assert maps is not None
+        assert costs is not None
+        host["maps"].copy_(torch.from_numpy(maps))
+        kinds = [int(not item.request.params.is_greedy) for item in plan.items]
+        host["kinds"][: len(kinds)] = torch.tensor(kinds, dtype=torch.int32)
+        # No step of this batch has more rows than the list is long.
+        num = min(len(costs), len(host["row_costs"]))
+        host["row_costs"][:num] = torch.from_numpy(costs[:num].astype(np.int64))
+        host["row_costs"][num:] = int(costs[num - 1])
 
     def _write_pages(self, table: torch.Tensor, requests: Sequence[Request], bucket: Bucket) -> None:
         """Pages of a running request only grow, so of a row that held the same request the new ones are written."""
@@ -241,25 +280,30 @@ def serve_from_graphs(engine: Engine, *, max_len: int, recorder: Recorder) -> Gr
         engine.compute_eagerly,
         max_len=max_len,
         recorder=recorder,
-        is_traced=lambda: engine.on_step is not None,
+        budget=lambda: engine.scheduler.budget,
+        lookup=lambda: engine.lookup,
     )
+    if drafter is not None:
+        drafter.is_full_width = True
     runner.on_stage = lambda stage: engine.on_stage(stage)
     engine.compute = runner.compute
     return runner
 
 
-class _Grown(DraftTree):
-    """A tree that stayed on the device: its size alone is known."""
+#: Inputs with an entry per request in every bucket, but for its pages.
+_COLUMNS = ("anchor_ids", "context_lens", "limits", "has_context", "numbers", "factors")
 
-    def __init__(self, num_nodes: int):
-        super().__init__(token_ids=[], parents=[], depths=[], scores=[])
-        object.__setattr__(self, "_num_nodes", num_nodes)
 
-    @property
-    def num_nodes(self) -> int:
-        """Nodes, the root included."""
-        count: int = self.__dict__["_num_nodes"]
-        return count
+def _trees(step: StaticStep, plan: StepPlan) -> list[DraftTree]:
+    """The trees of a step, as its outputs have them."""
+    if not step.bucket.has_trees:
+        return [DraftTree.root_only(item.request.token_ids[-1]) for item in plan.items]
+    host = {name: step.outputs.host[f"tree_{name}"].numpy() for name in TREE_COLUMNS}
+    counts = step.outputs.host["counts"].tolist()
+    return [
+        DraftTree(**{name: column[i, : counts[i]].tolist() for name, column in host.items()})
+        for i in range(len(plan.items))
+    ]
 
 
 def _is_static(item: ScheduledRequest) -> bool:
@@ -271,14 +315,10 @@ def _is_static(item: ScheduledRequest) -> bool:
         item.num_rows == 1
         and item.is_last
         and params.logprobs is None
+        and not params.speculation.include_trees
         and not wants_prompt_logprobs(item)
         and not changes
     )
-
-
-def _num_nodes(item: ScheduledRequest) -> int:
-    """Static trees hold what the head guesses; where it is not asked there is the root alone."""
-    return item.max_tree_nodes if item.asks_head else 1
 
 
 def _has_whole_context(item: ScheduledRequest) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from jetflow_cluster.engine.protocols import Drafter, ScheduledRequest, StepPlan
 from jetflow_cluster.tree.build import CandidateTable
@@ -22,26 +22,42 @@ SURE_MATCH = 24
 _PAUSE = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """Where a request's text repeats itself."""
+
+    match: ContextMatch
+    #: The match guesses alone.
+    is_sure: bool
+
+
 class ContextLookup:
     """Keeps an index of each request's tokens on the request itself. Any guess is lossless."""
 
     #: Deepest guess.
     max_depth = MAX_LOOKUP_DEPTH
 
+    def look(self, plan: StepPlan) -> list[Look | None]:
+        """Where requests' texts repeat themselves; to be asked once per step. Requests that sample are not looked at:
+        what their noise draws repeats little."""
+        return [_look(item) for item in plan.items]
+
     def draft(self, plan: StepPlan, drafter: Drafter) -> Sequence[CandidateTable | None]:
-        """The drafter's tables with the lookups' guesses mixed in. Requests that sample get the drafter's own: what
-        their noise draws repeats little."""
-        matches = [_match(item) for item in plan.items]
-        is_sure = [
-            match is not None and match.length >= (SURE_MATCH if item.uses_head else item.least_match)
-            for item, match in zip(plan.items, matches, strict=True)
-        ]
+        """The drafter's tables with the lookups' guesses mixed in."""
+        looks = self.look(plan)
+        is_sure = [look is not None and look.is_sure for look in looks]
         if any(sure and item.uses_head for item, sure in zip(plan.items, is_sure, strict=True)):
             asked = zip(plan.items, is_sure, strict=True)
             plan = replace(plan, items=tuple(replace(i, max_tree_nodes=1) if sure else i for i, sure in asked))
         found = drafter.draft(plan) if plan.speculates else [None] * len(plan.items)
-        parts = zip(plan.items, found, matches, is_sure, strict=True)
-        return [_mixed(item, table, match, sure) for item, table, match, sure in parts]
+        return [_mixed(*part) for part in zip(plan.items, found, looks, strict=True)]
+
+
+def _look(item: ScheduledRequest) -> Look | None:
+    match = _match(item)
+    if match is None:
+        return None
+    return Look(match=match, is_sure=match.length >= (SURE_MATCH if item.uses_head else item.least_match))
 
 
 def _match(item: ScheduledRequest) -> ContextMatch | None:
@@ -58,13 +74,11 @@ def _match(item: ScheduledRequest) -> ContextMatch | None:
     return match
 
 
-def _mixed(
-    item: ScheduledRequest, table: CandidateTable | None, match: ContextMatch | None, is_sure: bool
-) -> CandidateTable | None:
-    if match is None:
+def _mixed(item: ScheduledRequest, table: CandidateTable | None, look: Look | None) -> CandidateTable | None:
+    if look is None:
         return table
     if item.request.params.speculation.include_trees:
-        item.request.context_guess = guess_of(match, None if is_sure else table)
-    if is_sure:
-        return lookup_table(match)
-    return None if table is None else mix_lookup(table, match)
+        item.request.context_guess = guess_of(look.match, None if look.is_sure else table)
+    if look.is_sure:
+        return lookup_table(look.match)
+    return None if table is None else mix_lookup(table, look.match)

@@ -25,7 +25,7 @@ from jetflow_cluster.engine.cost_tracker import CostTracker
 from jetflow_cluster.engine.draft_choice import NODES, Choice, Gains, Situation, choose, paying_match
 from jetflow_cluster.engine.pace import Pace, StepKind
 from jetflow_cluster.engine.probing import Prober
-from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, ScheduledRequest, StepPlan
+from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, ScheduledRequest, Source, StepPlan
 from jetflow_cluster.engine.reason_log import ReasonLog
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.value_model import ValueModel, promised_tokens
@@ -112,6 +112,11 @@ class PricedBudget:
         """The cost model as it stands."""
         return self._tracker.model
 
+    @property
+    def maps(self) -> np.ndarray | None:
+        """See `BudgetPolicy`."""
+        return self.value.maps
+
     def level(self, kind: int) -> float:
         """Accepted over foretold tokens of all requests of a kind: 0 greedy, 1 sampled."""
         return float(self._levels[kind, 0] / self._levels[kind, 1])
@@ -151,19 +156,25 @@ class PricedBudget:
         self, plan: StepPlan, tables: Sequence[CandidateTable | None]
     ) -> tuple[StepPlan, Sequence[CandidateTable | None]]:
         """See `BudgetPolicy`."""
-        asked = [
-            item
-            for item, table in zip(plan.items, tables, strict=True)
-            if table is not None and item.asks_head and _is_wide(table)
-        ]
-        self._num_draft_rows = self._draft_rows(asked)
-        priced = [i for i, item in enumerate(plan.items) if item.is_priced]
-        if all(tables[i] is None for i in priced):
+        plan = self.price_rows(plan, [_source(table) for table in tables])
+        if plan.row_costs is None:
             return plan, tables
+        priced = [i for i, item in enumerate(plan.items) if item.is_priced]
         found = list(tables)
         kinds = [_kind(plan.items[i].request) for i in priced]
         for i, table in zip(priced, self.value.calibrate([tables[i] for i in priced], kinds), strict=True):
             found[i] = table
+        return plan, found
+
+    def price_rows(self, plan: StepPlan, sources: Sequence[Source]) -> StepPlan:
+        """See `BudgetPolicy`."""
+        asked = [
+            item for item, source in zip(plan.items, sources, strict=True) if source is Source.HEAD and item.asks_head
+        ]
+        self._num_draft_rows = self._draft_rows(asked)
+        priced = [i for i, item in enumerate(plan.items) if item.is_priced]
+        if all(sources[i] is Source.NONE for i in priced):
+            return plan
         items = [plan.items[i] for i in priced]
         num_draft_rows = self._draft_rows([item for item in asked if item.is_priced])
         beneath = [item for item in plan.items if not item.is_priced]
@@ -180,7 +191,7 @@ class PricedBudget:
             max(plan.tree_budget, sum(item.budget_share for item in items)),
             sum(item.max_tree_nodes for item in items),
         )
-        return replace(plan, row_costs=self.cost.row_costs(shape, most)), found
+        return replace(plan, row_costs=self.cost.row_costs(shape, most))
 
     def _draft_rows(self, asked: Sequence[ScheduledRequest]) -> int:
         """Rows of the head where it guesses for these."""
@@ -373,6 +384,8 @@ def _kind(request: Request) -> int:
     return 0 if request.params.is_greedy else 1
 
 
-def _is_wide(table: CandidateTable) -> bool:
-    """False for a table of a lookup alone."""
-    return table.ids.shape[1] > 1
+def _source(table: CandidateTable | None) -> Source:
+    """A lookup alone has one candidate per depth."""
+    if table is None:
+        return Source.NONE
+    return Source.HEAD if table.ids.shape[1] > 1 else Source.CHAIN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -90,16 +91,24 @@ class StepPlan:
         return any(item.max_tree_nodes > 1 for item in self.items)
 
 
+class Source(enum.Enum):
+    """Where a request's guesses in a step come from."""
+
+    NONE = enum.auto()
+    #: One token per depth, as a request's own text repeats itself.
+    CHAIN = enum.auto()
+    #: Several per depth, from a drafter.
+    HEAD = enum.auto()
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
     """What the passes of a step gave; K and V of the paths are where they belong."""
 
-    #: One per item; their sizes alone may be known.
+    #: One per item.
     trees: Sequence[DraftTree]
     #: The accepted path of each item that chooses a token; None for the others.
     paths: Sequence[AcceptedPath | None]
-    #: False where only the sizes of trees are known.
-    has_nodes: bool = True
 
 
 #: Drafts, builds, verifies, accepts, and moves K and V. The host learns of nothing but the outcome.
@@ -201,6 +210,11 @@ class BudgetPolicy(Protocol):
     #: Expected tokens per second below which a node is left out; 0 where there is no price.
     price_per_s: float
 
+    @property
+    def maps(self) -> np.ndarray | None:
+        """What `price` maps the scores of priced requests with: int32 ``[2, NUM_DEPTHS, NUM_KNOTS]`` as
+        `jetflow_cluster.engine.value_model.ValueModel` has them; None leaves them as they are."""
+
     def allow(self, load: DecodeLoad) -> list[Allowance]:
         """One allowance per request of the load."""
 
@@ -208,6 +222,10 @@ class BudgetPolicy(Protocol):
         self, plan: StepPlan, tables: Sequence[CandidateTable | None]
     ) -> tuple[StepPlan, Sequence[CandidateTable | None]]:
         """The plan with the price of rows, and the tables with their scores calibrated, before trees are built."""
+
+    def price_rows(self, plan: StepPlan, sources: Sequence[Source]) -> StepPlan:
+        """The plan with the price of rows, where the tables are not on the host: for each item, where its guesses will
+        come from. As `price`, but that nothing is calibrated."""
 
     def observe(
         self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float

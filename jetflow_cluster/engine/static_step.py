@@ -12,11 +12,17 @@ from dataclasses import dataclass
 import torch
 
 from jetflow_cluster.config import MAX_WIDTH
+from jetflow_cluster.engine.device_builder import value_table
+from jetflow_cluster.engine.device_calibration import calibrate_on_device
+from jetflow_cluster.engine.device_lookup import mix_on_device
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.staging import Fields, Staging
 from jetflow_cluster.engine.target_runner import TargetRunner
+from jetflow_cluster.engine.value_model import NUM_DEPTHS, NUM_KNOTS
 from jetflow_cluster.models.batch import ForwardBatch
+from jetflow_cluster.tree.build import MIN_SCORE
 from jetflow_cluster.tree.device_tables import DraftNoise, device_tables
+from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH
 from jetflow_kernels.accept_tree import SamplingTable, VerifiedTrees, WalkBuffers, accept_tree, commit_slots
 from jetflow_kernels.build_tree import Candidates, RowLayout, TreeBuffers, TreeLimits, build_tree, lay_out_rows
 from jetflow_kernels.commit_kv import commit_kv
@@ -41,17 +47,23 @@ class Bucket:
     has_filters: bool
     #: Fused hidden vectors of the rows are wanted; always so with trees.
     has_taps: bool
+    #: The draft head runs; without it trees hold what requests' own texts say.
+    has_head: bool = False
+    #: Guesses from requests' own texts are mixed in.
+    has_lookup: bool = False
+    #: Scores are calibrated, and trees are cut where they no longer pay.
+    has_price: bool = False
 
     @property
     def has_trees(self) -> bool:
-        """The draft head runs."""
+        """Some tree may hold more than its root."""
         return self.num_nodes > 1
 
 
 def input_fields(bucket: Bucket) -> Fields:
     """What the host writes before each step; see `StaticStep`."""
     requests = bucket.num_requests
-    return {
+    fields = {
         "anchor_ids": ((requests,), torch.int64),
         "context_lens": ((requests,), torch.int32),
         "limits": ((requests, 4), torch.int32),
@@ -61,6 +73,37 @@ def input_fields(bucket: Bucket) -> Fields:
         "numbers": ((requests, 5), torch.int64),
         "factors": ((requests, 6), torch.float64),
     }
+    if bucket.has_lookup:
+        fields |= {
+            "guess_ids": ((requests, MAX_LOOKUP_DEPTH), torch.int64),
+            "guess_weights": ((requests, MAX_LOOKUP_DEPTH), torch.float64),
+            "num_guesses": ((requests,), torch.int32),
+            "num_own": ((requests,), torch.int32),
+        }
+    if bucket.has_price:
+        fields |= {
+            "maps": ((2, NUM_DEPTHS, NUM_KNOTS), torch.int32),
+            "kinds": ((requests,), torch.int32),
+            "row_costs": ((bucket.num_rows + 1,), torch.int64),
+        }
+    return fields
+
+
+def output_fields(bucket: Bucket, num_levels: int) -> Fields:
+    """What the host reads behind each step; see `StaticStep`."""
+    requests, nodes = bucket.num_requests, bucket.num_nodes
+    trees = dict.fromkeys(TREE_COLUMNS, ((requests, nodes), torch.int32)) if bucket.has_trees else {}
+    return {
+        "nodes": ((requests, num_levels), torch.int32),
+        "token_ids": ((requests, num_levels), torch.int32),
+        "lengths": ((requests,), torch.int32),
+        "counts": ((requests,), torch.int32),
+        **{f"tree_{name}": field for name, field in trees.items()},
+    }
+
+
+#: Of `TreeBuffers`: what a tree is made of.
+TREE_COLUMNS = ("token_ids", "parents", "depths", "scores")
 
 
 class StaticStep:
@@ -69,61 +112,76 @@ class StaticStep:
     Inputs by name: ``anchor_ids``, the last committed tokens; ``context_lens``, tokens in the cache (0 for requests
     that are not there); ``limits`` and ``budget``, as `TreeLimits` has them, where most nodes are 0 for such requests;
     ``has_context``, 1 for requests whose draft context is to be kept; ``page_table``, the scratch page where there is
-    no page; ``numbers`` and ``factors``, as `SamplingTable` has them.
+    no page; ``numbers`` and ``factors``, as `SamplingTable` has them. Guesses from requests' own texts as
+    `mix_on_device` takes them; ``maps`` and ``kinds`` as `calibrate_on_device` does; ``row_costs``, as `TreeLimits` has
+    them.
 
-    Outputs by name: ``nodes``, ``token_ids`` and ``lengths``, as `WalkBuffers` has them; ``counts``, the trees' nodes.
+    Outputs by name: ``nodes``, ``token_ids`` and ``lengths``, as `WalkBuffers` has them; ``counts``, the trees' nodes;
+    ``tree_token_ids``, ``tree_parents``, ``tree_depths`` and ``tree_scores``, as `TreeBuffers` has them.
     """
 
     def __init__(self, bucket: Bucket, target: TargetRunner, drafter: HeadDrafter | None):
         if bucket.has_trees and drafter is None:
             raise ValueError(f"{bucket}: trees need a draft head")
         self.bucket, self.target, self.drafter = bucket, target, drafter
-        device = target.device
-        self.inputs = Staging(input_fields(bucket), device)
-        depth = drafter.max_depth if drafter is not None and bucket.has_trees else 1
-        num_levels = depth + 1 if bucket.has_trees else 1
-        fields: Fields = {
-            "nodes": ((bucket.num_requests, num_levels), torch.int32),
-            "token_ids": ((bucket.num_requests, num_levels), torch.int32),
-            "lengths": ((bucket.num_requests,), torch.int32),
-            "counts": ((bucket.num_requests,), torch.int32),
-        }
-        self.outputs = Staging(fields, device)
+        self._page_size, self._pad_slot = target.page_size, target.scratch_slot
+        self._vocab_size = target.model.config.vocab_size
+        #: Deepest guess of the head.
+        self._head_depth = drafter.max_depth if drafter is not None and bucket.has_head else 0
+        self._depth = max(1, self._head_depth, MAX_LOOKUP_DEPTH if bucket.has_lookup else 0)
+        self._width = min(MAX_WIDTH, self._vocab_size) if bucket.has_head else 1
+        self._num_levels = self._depth + 1 if bucket.has_trees else 1
+        self.inputs = Staging(input_fields(bucket), target.device)
+        self.outputs = Staging(output_fields(bucket, self._num_levels), target.device)
         #: Fused hidden vectors of the roots where there are no trees, ``[num_requests, hidden_size]``, in the order of
         #: the requests.
         self.fused: torch.Tensor | None = None
-        self._page_size = target.page_size
-        self._pad_slot = target.scratch_slot
-        config = target.model.config
-        heads = _head_layout(target.kv, config.num_heads // (config.num_kv_heads // target.kv.shape[4]))
-        tile_rows = heads.tile_rows(bucket.num_nodes)
-        width = min(MAX_WIDTH, config.vocab_size)
-        is_conditional = drafter is not None and drafter.sidecar is not None and depth > 1
-        self._width, self._depth = width, depth
         #: As the last step left them.
-        self.trees = TreeBuffers.allocate(
+        self.trees = self._tree_buffers()
+        self._prepare_rows()
+        self._prepare_walk()
+        self._no_candidates = self._blank_candidates()
+        if bucket.has_head:
+            self._prepare_blocks()
+
+    def _tree_buffers(self) -> TreeBuffers:
+        """Whose trees are where the host reads them."""
+        bucket, drafter = self.bucket, self.drafter
+        has_sidecar = drafter is not None and drafter.sidecar is not None and self._head_depth > 1
+        self._num_parents = self._width if has_sidecar or bucket.has_lookup else 1
+        trees = TreeBuffers.allocate(
             num_requests=bucket.num_requests,
             num_nodes=bucket.num_nodes,
             num_rows=bucket.num_rows,
-            num_depths=depth,
-            width=width,
-            is_conditional=is_conditional,
-            device=device,
+            num_depths=self._depth,
+            width=self._width,
+            is_conditional=self._num_parents > 1,
+            device=self.target.device,
         )
-        num_parents = width if is_conditional else 1
-        self._no_candidates = Candidates(
-            ids=torch.zeros(bucket.num_requests, depth, width, dtype=torch.int64, device=device),
-            scores=torch.zeros(bucket.num_requests, depth, num_parents, width, dtype=torch.int32, device=device),
+        read = {name: self.outputs.device[f"tree_{name}"] for name in TREE_COLUMNS if bucket.has_trees}
+        return TreeBuffers(**vars(trees) | read)
+
+    def _blank_candidates(self) -> Candidates:
+        """For trees of roots, and for those to which guesses from elsewhere are added."""
+        requests, depth, width, device = self.bucket.num_requests, self._depth, self._width, self.target.device
+        return Candidates(
+            ids=torch.zeros(requests, depth, width, dtype=torch.int64, device=device),
+            scores=torch.full((requests, depth, self._num_parents, width), MIN_SCORE, dtype=torch.int32, device=device),
         )
+
+    def _prepare_rows(self) -> None:
+        """Tensors of the verifying pass."""
+        bucket, config, inputs = self.bucket, self.target.model.config, self.inputs.device
+        kv = self.target.kv
+        heads = _head_layout(kv, config.num_heads // (config.num_kv_heads // kv.shape[4]))
+        self._tile_rows = heads.tile_rows(bucket.num_nodes)
         self._layout = RowLayout.allocate(
             num_requests=bucket.num_requests,
             num_nodes=bucket.num_nodes,
             num_rows=bucket.num_rows,
-            tile_rows=tile_rows,
-            device=device,
+            tile_rows=self._tile_rows,
+            device=self.target.device,
         )
-        self._tile_rows = tile_rows
-        inputs = self.inputs.device
         self._attention = tree_rows_attention(
             heads,
             num_nodes=bucket.num_nodes,
@@ -133,31 +191,31 @@ class StaticStep:
             requests=self._layout.requests,
             ancestor_bits=self._layout.ancestor_bits,
         )
+
+    def _prepare_walk(self) -> None:
+        """Tensors of the walk and of what it moves."""
+        bucket, device = self.bucket, self.target.device
         walk = WalkBuffers.allocate(
             num_requests=bucket.num_requests,
-            num_levels=num_levels,
+            num_levels=self._num_levels,
             num_rows=bucket.num_rows,
-            vocab_size=config.vocab_size,
+            vocab_size=self._vocab_size,
             is_processed=bucket.has_filters,
             device=device,
         )
-        self._walk = WalkBuffers(
-            **vars(walk) | {name: self.outputs.device[name] for name in fields if name != "counts"}
-        )
+        read = {name: self.outputs.device[name] for name in ("nodes", "token_ids", "lengths")}
+        self._walk = WalkBuffers(**vars(walk) | read)
         self._table = self._sampling_table() if bucket.has_noise else None
-        slots = (bucket.num_requests, num_levels)
+        slots = (bucket.num_requests, self._num_levels)
         self._source_slots, self._target_slots = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2)
         )
-        self._levels = torch.arange(num_levels, device=device)
-        if bucket.has_trees:
-            self._prepare_blocks()
+        self._levels = torch.arange(self._num_levels, device=device)
 
     def run(self) -> None:
         """All launches, in order. Reads and writes nothing but tensors of fixed sizes on the device."""
         with torch.inference_mode():
-            candidates = self._draft() if self.bucket.has_trees else self._no_candidates
-            self._build(candidates)
+            self._build(self._draft())
             logits, taps = self._verify()
             self._accept(logits)
             self._commit(taps)
@@ -196,6 +254,28 @@ class StaticStep:
         return torch.where(is_kept, pages * self._page_size + positions % self._page_size, self._pad_slot)
 
     def _draft(self) -> Candidates:
+        """Whatever guesses there are, calibrated where they have a price."""
+        bucket, inputs = self.bucket, self.inputs.device
+        if not bucket.has_trees:
+            return self._no_candidates
+        found = self._guess() if bucket.has_head else self._no_candidates
+        ids, scores = found.ids, found.scores
+        if bucket.has_lookup:
+            ids, scores = mix_on_device(
+                ids,
+                scores,
+                guess_ids=inputs["guess_ids"],
+                weights=inputs["guess_weights"],
+                num_guesses=inputs["num_guesses"],
+                num_own=inputs["num_own"],
+                widths=inputs["limits"][:, 2],
+            )
+        if bucket.has_price:
+            scores = calibrate_on_device(scores, inputs["maps"], inputs["kinds"])
+        return Candidates(ids=ids.contiguous(), scores=scores.contiguous())
+
+    def _guess(self) -> Candidates:
+        """The head's pass over anchors and masks."""
         assert self.drafter is not None
         inputs, drafter = self.inputs.device, self.drafter
         self._block_ids[:, 0].copy_(inputs["anchor_ids"])
@@ -212,7 +292,7 @@ class StaticStep:
         embeds = self.target.model.embed(batch.token_ids).to(drafter.head.dtype)
         hidden = drafter.head.forward(embeds, batch, drafter.kv).to(self.target.model.dtype)
         rows = hidden.view(*self._block_ids.shape, -1)[:, 1:].flatten(0, 1)
-        logits = self.target.model.compute_logits(rows).view(self.bucket.num_requests, self._depth, -1)
+        logits = self.target.model.compute_logits(rows).view(self.bucket.num_requests, self._head_depth, -1)
         noise = None
         if self.bucket.has_noise:
             noise = DraftNoise(
@@ -230,7 +310,14 @@ class StaticStep:
 
     def _build(self, candidates: Candidates) -> None:
         inputs = self.inputs.device
-        limits = TreeLimits(anchor_ids=inputs["anchor_ids"], requests=inputs["limits"], budget=inputs["budget"])
+        has_price = self.bucket.has_price
+        limits = TreeLimits(
+            anchor_ids=inputs["anchor_ids"],
+            requests=inputs["limits"],
+            budget=inputs["budget"],
+            cost=inputs["row_costs"] if has_price else None,
+            value_table=value_table(self.target.device) if has_price else None,
+        )
         build_tree(candidates, limits, self.trees)
         self.outputs.device["counts"].copy_(self.trees.counts)
         lay_out_rows(

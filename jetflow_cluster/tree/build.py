@@ -59,6 +59,14 @@ class CandidateTable:
             raise ValueError(f"ids of shape {ids} with scores of shape {scores}: must be [D, W] and [D, 1 or W, W]")
 
 
+def cut_table(table: CandidateTable, width: int) -> CandidateTable:
+    """The first `width` candidates of each depth, with their scores as they are."""
+    if table.ids.shape[1] <= width:
+        return table
+    num_parents = min(table.scores.shape[1], width)
+    return CandidateTable(ids=table.ids[:, :width], scores=table.scores[:, :num_parents, :width])
+
+
 def to_fixed_point(logprobs: torch.Tensor) -> torch.Tensor:
     """int32 of the same shape: log-probabilities in units of 2^-16 nat, rounded to nearest, within [-256 nats, 0].
 

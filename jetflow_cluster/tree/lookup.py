@@ -163,7 +163,7 @@ def mix_lookup(table: CandidateTable, match: ContextMatch) -> CandidateTable:
     ids[:num_own] = table.ids.numpy()
     scores[:num_own] = table.scores.numpy()
     above = 0
-    for d, (guess, weight) in enumerate(zip(guesses, _weights(match), strict=True)):
+    for d, (guess, weight) in enumerate(zip(guesses, guess_weights(match), strict=True)):
         row = scores[d, above]
         if d >= num_own:
             # Below the head's own depths there is the guess alone.
@@ -201,11 +201,11 @@ def guess_of(match: ContextMatch, table: CandidateTable | None) -> ContextGuess:
 
 def lookup_table(match: ContextMatch) -> CandidateTable:
     """A match's guesses alone, each with its weight."""
-    scores = _fixed(np.array(_weights(match)))
+    scores = _fixed(np.array(guess_weights(match)))
     return CandidateTable(ids=torch.tensor(match.token_ids)[:, None], scores=torch.from_numpy(scores)[:, None, None])
 
 
-def _weights(match: ContextMatch) -> list[float]:
+def guess_weights(match: ContextMatch) -> list[float]:
     """One per guess."""
     row = LOOKUP_WEIGHTS[bisect_right(MATCH_BOUNDS, match.length) - 1]
     return [row[min(d, len(row) - 1)] for d in range(len(match.token_ids))]

@@ -11,6 +11,7 @@ import torch
 
 from jetflow_cluster.tree.philox import MASK, philox_4x32_10
 from jetflow_cluster.tree.philox_cpu import philox_first_word
+from jetflow_kernels.philox_gumbel import philox_gumbel
 
 __all__ = ["as_signed", "gumbel_noise", "philox_4x32_10"]
 
@@ -29,6 +30,11 @@ def gumbel_noise(
     Returns:
         float64, of the shape to which seeds, positions and token ids broadcast.
     """
+    if token_ids.device.type == "cuda" and sample_index == 0:
+        # One launch in place of some hundred.
+        if not isinstance(seed, torch.Tensor):
+            seed = torch.full((), as_signed(seed), dtype=torch.int64, device=token_ids.device)
+        return philox_gumbel(seed, positions, token_ids)
     key0, key1 = seed & MASK, (seed >> 32) & MASK
     if token_ids.device.type == "cpu":
         word = philox_first_word(positions, token_ids, sample_index, key0, key1)

@@ -6,24 +6,15 @@ Both baselines have their K and V contiguous already, which the op does not ask 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measuring import Row, median_us, run
 
 from jetflow_kernels.tree_attention import TreeAttentionPlan, plan_tree_attention, tree_attention
 
-ROOT = Path(__file__).parent.parent.parent
 PAGE_SIZE = 16
 #: Query heads, KV heads and head size: the embedded model's on a CPU, those of Qwen3-8B on a GPU.
 SHAPES = {"cpu": (8, 4, 64), "cuda": (32, 8, 128)}
@@ -38,7 +29,6 @@ CASES = {
     ],
 }
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
-Row = dict[str, float | int | str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,36 +130,6 @@ def flex_call(inputs: Inputs) -> Callable[[], torch.Tensor]:
     return call
 
 
-def median_us(call: Callable[[], object], device: str, repeats: int = 30) -> float:
-    """Median microseconds of a call, behind a few that do not count. On a GPU, of the device's own time; between calls
-    its cache is overwritten, as the other layers do."""
-    for _ in range(3):
-        call()
-    if device == "cpu":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times) * 1e6
-    cache = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start_event, end_event in events:
-        cache.zero_()
-        start_event.record()
-        call()
-        end_event.record()
-    torch.cuda.synchronize()
-    return statistics.median(start_event.elapsed_time(end_event) for start_event, end_event in events) * 1e3
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second that a large copy reads and writes together."""
-    source = torch.empty((2**30 if device == "cuda" else 2**26), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (median_us(lambda: target.copy_(source), device, 10) * 1e-6)
-
-
 def measure(batch: int, rows: int, context: int, dtype: torch.dtype, device: str, bandwidth: float) -> Row:
     """One row of the table. Raises AssertionError where the baselines disagree with the op."""
     inputs = make_inputs(batch, rows, context, dtype, device)
@@ -189,44 +149,15 @@ def measure(batch: int, rows: int, context: int, dtype: torch.dtype, device: str
     return row
 
 
-def print_table(rows: list[Row]) -> None:
-    """Plain columns."""
-    names = list(rows[0])
-    lines = [names, *([f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "out" / "kernels")
-    output: Path = parser.parse_args().output
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tests = "tests/kernels/interpreted/tree_attention_cases.py" if device == "cuda" else "tests/kernels"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    subprocess.run([sys.executable, "-m", "pytest", "-q", tests], cwd=ROOT, env=environment, check=True)
-    bandwidth = copy_bandwidth(device)
-    rows = []
+def rows_on(device: str, bandwidth: float) -> Iterator[Row]:
+    """The whole table."""
     for dtype in DTYPES[device]:
         for case in CASES[device]:
-            rows.append(measure(*case, dtype, device, bandwidth))
+            yield measure(*case, dtype, device, bandwidth)
             if device == "cuda":
                 # FlexAttention is compiled anew for every shape.
                 torch._dynamo.reset()
-    machine: dict[str, object] = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "copy_bandwidth_gb_per_s": bandwidth / 1e9,
-        "torch": torch.__version__,
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "tree_attention.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
-    print(machine)
-    print_table(rows)
 
 
 if __name__ == "__main__":
-    main()
+    run("tree_attention", rows_on, __doc__ or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -19,6 +20,16 @@ def check_head_dim(op: str, head_dim: int) -> None:
         raise NotImplementedError(f"head_dim = {head_dim}: {op} has kernels for {sizes}")
 
 
+def size_class(size: int, sizes: Sequence[int]) -> int:
+    """The smallest of ascending powers of two, or other sizes, that holds `size`; above them all the next power."""
+    return next((known for known in sizes if known >= size), 1 << max(size - 1, 0).bit_length())
+
+
+def is_interpreted() -> bool:
+    """True where kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def runs_triton(device: torch.device) -> bool:
     """True on GPUs, and on the CPU when ``TRITON_INTERPRET=1`` asks for Triton's interpreter."""
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type == "cuda" or is_interpreted()

@@ -1,4 +1,8 @@
-"""Launches each kernel that attention layers over one cache can ask for, so that no request waits for a compiler."""
+"""Launches each kernel that an engine can ask for, so that no request waits for a compiler.
+
+`launch_every_kernel` is for attention layers over one cache, `launch_tree_kernels` for what is between them: drawing
+noise, building trees, and walking them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import torch
 
 from jetflow_kernels.commit_kv import commit_kv
 from jetflow_kernels.qk_norm_rope_store import qk_norm_rope_store
-from jetflow_kernels.shipped import DTYPES, check_head_dim, runs_triton
+from jetflow_kernels.shipped import DTYPES, check_head_dim, is_interpreted, runs_triton
 from jetflow_kernels.tree_attention import plan_tree_attention
 from jetflow_kernels.tree_attention.tuning import LARGE_TILE
 
@@ -36,6 +40,20 @@ def launch_every_kernel(kv: torch.Tensor, *, num_heads: int, dtype: torch.dtype)
         qk_norm_rope_store(qkv, None, angles, angles, nowhere, k_pages, v_pages, num_heads=heads, eps=1e-6)
     for num_rows in (1, LARGE_TILE):
         _attend(torch.zeros(num_rows, num_heads, head_dim, dtype=dtype, device=kv.device), k_pages, v_pages)
+
+
+def launch_tree_kernels(device: torch.device, *, vocab_size: int, dtype: torch.dtype) -> None:
+    """What an engine launches whose logits over so many tokens have this dtype. Where no kernel would run, or none is
+    compiled, nothing is done."""
+    if not runs_triton(device) or is_interpreted():
+        return
+    from jetflow_kernels.accept_tree import kernel as accept_tree
+    from jetflow_kernels.build_tree import kernel as build_tree
+    from jetflow_kernels.philox_gumbel import kernel as philox_gumbel
+
+    philox_gumbel.launch_each_variant(device)
+    build_tree.launch_each_variant(device)
+    accept_tree.launch_each_variant(device, dtype=dtype, vocab_size=vocab_size)
 
 
 def _attend(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
 from jetflow_cluster.engine import static_step
+from jetflow_cluster.engine.budget import FixedBudget
 from jetflow_cluster.engine.graph_runner import GraphRunner
+from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, Source, StepPlan, StepRecord
 from jetflow_cluster.engine.request import Request
+from jetflow_cluster.engine.value_model import ValueModel
 from jetflow_cluster.tree import device_tables
+from jetflow_cluster.tree.accept import AcceptedPath
+from jetflow_cluster.tree.build import CandidateTable
+from jetflow_cluster.tree.draft_tree import DraftTree
 from jetflow_cluster.types import SpeculationMode
 from support.static_engines import make_static
 
@@ -105,11 +113,11 @@ def test_same_tokens_where_guesses_are_right(temperature: float) -> None:
     """The embedded model, whose head is right often: paths of several nodes move K, V and draft context."""
     options = {"dtype": "float64", "draft_dtype": "float64", "num_pages": 60, "max_model_len": 96}
     options |= {"max_num_requests": 4, "context_lookup": False, "tree_nodes": {1: 1}}
-    # From 17 nodes on eager tables are as wide as static ones.
-    force = SpeculationOptions(mode=SpeculationMode.FORCE, max_tree_nodes=20)
+    force = SpeculationOptions(mode=SpeculationMode.FORCE, max_tree_nodes=12)
     prompts = ["def quicksort(items):", "class Stack:\n    def __init__(self):"]
     params = [SamplingParams(max_tokens=20, temperature=temperature, seed=i, speculation=force) for i in range(2)]
     eager = LLM(**options)
+    eager.engine.drafter.is_full_width = True
     expected = eager.generate(prompts, params)
     static = LLM(**options)
     runner = make_static(static, max_len=96)
@@ -120,6 +128,80 @@ def test_same_tokens_where_guesses_are_right(temperature: float) -> None:
         assert ours.speculation.mean_acceptance_length > 1.2
         # The trees are the same too: the draft contexts agree.
         assert ours.speculation == theirs.speculation
+
+
+class LearningBudget(FixedBudget):
+    """Prices and calibration as mode ``auto`` has them, without a clock: the same steps give the same decisions."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.value = ValueModel()
+        self.num_learned = self.num_steps = 0
+
+    @property
+    def maps(self) -> np.ndarray:
+        return self.value.maps
+
+    def allow(self, load: DecodeLoad) -> list[Allowance]:
+        # Every other step without the head, where those that repeat themselves guess all the same.
+        self.num_steps += 1
+        uses_head = self.num_steps % 2 == 0
+        allowances = [replace(found, uses_head=uses_head, draft_depth=9) for found in super().allow(load)]
+        return [
+            replace(found, bias=40_000 * (i % 2), max_tree_nodes=16 - 9 * (i % 2)) for i, found in enumerate(allowances)
+        ]
+
+    def price_rows(self, plan: StepPlan, sources: Sequence[Source]) -> StepPlan:
+        if all(source is Source.NONE for source in sources):
+            return plan
+        asked = sum(source is Source.HEAD for source in sources)
+        return replace(plan, row_costs=1000 + 100 * asked + 30 * np.arange(plan.tree_budget + 1, dtype=np.int64))
+
+    def price(
+        self, plan: StepPlan, tables: Sequence[CandidateTable | None]
+    ) -> tuple[StepPlan, Sequence[CandidateTable | None]]:
+        kinds = [int(not item.request.params.is_greedy) for item in plan.items]
+        sources = [
+            Source.NONE if table is None else Source.HEAD if table.ids.shape[1] > 1 else Source.CHAIN
+            for table in tables
+        ]
+        return self.price_rows(plan, sources), self.value.calibrate(tables, kinds)
+
+    def observe(
+        self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float
+    ) -> None:
+        grown = [i for i, tree in enumerate(trees) if tree.num_nodes > 1 and paths[i] is not None]
+        if grown:
+            kinds = [int(not plan.items[i].request.params.is_greedy) for i in grown]
+            nodes = [path.nodes for i in grown if (path := paths[i]) is not None]
+            self.value.observe([trees[i] for i in grown], nodes, kinds)
+            self.value.refresh()
+            self.num_learned += 1
+
+
+def test_same_trees_with_prices_calibration_and_lookups() -> None:
+    """Bit for bit, though every step's maps come from the trees and walks of the steps before."""
+    repeating = "x = [1, 2, 3]\nprint(x)\n" * 4
+    prompts = ["def quicksort(items):", repeating + "x = [1,", "class Stack:\n    def __init__(self):"]
+    temperatures = [1.0, 0.0, 0.0]
+    params = [SamplingParams(max_tokens=14 + 2 * i, temperature=t, seed=i) for i, t in enumerate(temperatures)]
+    options = {"dtype": "float64", "draft_dtype": "float64", "num_pages": 80, "max_model_len": 128}
+    options |= {"max_num_requests": 4, "tree_nodes": {1: 1}}
+    found = []
+    for is_static in (False, True):
+        llm = LLM(**options)
+        llm.engine.drafter.is_full_width = True
+        budget = llm.engine.scheduler.budget = LearningBudget()
+        runner = make_static(llm, max_len=128) if is_static else None
+        records: list[StepRecord] = []
+        llm.engine.on_step = records.append
+        outputs = llm.generate(prompts, params)
+        assert budget.num_learned > 4
+        found.append((records, [o.token_ids for o in outputs], [o.speculation for o in outputs], budget.maps.tolist()))
+        if runner is not None:
+            assert {(b.has_head, b.has_lookup) for b in runner._steps} >= {(True, True), (False, True), (True, False)}
+            assert any(bucket.has_price for bucket in runner._steps)
+    assert found[0] == found[1]
 
 
 class NoHost(TorchDispatchMode):
@@ -202,16 +284,22 @@ class Guarded:
         return replay
 
 
-@pytest.mark.parametrize("kind", ["greedy", "mixed", "filtered"])
+@pytest.mark.parametrize("kind", ["greedy", "mixed", "filtered", "priced"])
 def test_a_step_touches_no_host(
     tiny_target_dir: Path, tiny_head_dir: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    llm = LLM(**engine_options(tiny_target_dir, tiny_head_dir))
+    is_priced = kind == "priced"
+    llm = LLM(**engine_options(tiny_target_dir, tiny_head_dir) | {"context_lookup": is_priced})
+    if is_priced:
+        llm.engine.scheduler.budget = LearningBudget()
     guard = NoHost()
     recorder = Guarded(guard)
     runner = make_static(llm, recorder)
     refuse_host(monkeypatch, guard)
-    run_joining(llm, requests_of(5, kind, num=4))
+    given = requests_of(5, "greedy" if is_priced else kind, num=4)
+    if is_priced:
+        given = [(prompt * 3, replace(p, speculation=SpeculationOptions())) for prompt, p in given]
+    run_joining(llm, given)
     assert runner.num_static_steps > 5
     # One bucket, one sequence of ops and sizes, whatever its batches hold.
     assert all(len(sequences) == 1 for sequences in recorder.sequences.values())

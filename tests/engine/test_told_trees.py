@@ -98,7 +98,7 @@ def test_asking_changes_no_token(eager: LLM, sampling: dict[str, Any]) -> None:
     assert [(d.offset, d.token_ids) for d in told] == [(d.offset, d.token_ids) for d in untold]
 
 
-def test_static_steps_read_no_tree_that_nobody_wants(static: LLM) -> None:
+def test_trees_come_with_every_step_whether_somebody_wants_them_or_not(static: LLM) -> None:
     params = params_of({"temperature": 0.0})
     sizes: list[int] = []
     compute = static.engine.compute
@@ -114,7 +114,7 @@ def test_static_steps_read_no_tree_that_nobody_wants(static: LLM) -> None:
             sizes.clear()
             one = replace(params, speculation=replace(params.speculation, include_trees=wanted))
             static.generate([[7]], one, on_delta=lambda delta: None)
-            assert (max(sizes) > 1) == wanted
+            assert max(sizes) > 1
     finally:
         static.engine.compute = compute
 

@@ -51,6 +51,23 @@ def test_replayed_steps_give_the_tokens_of_eager_ones(dtype: str, temperature: f
     assert tokens_of(graphed.generate(again, params[:2])) == tokens_of(eager.generate(again, params[:2]))
 
 
+def test_lookups_in_replayed_steps_change_no_token() -> None:
+    given = OPTIONS | {"device": "cuda", "dtype": "float64", "draft_dtype": "float64", "context_lookup": True}
+    repeating = ["x = [1, 2, 3]\nprint(x)\n" * 4 + "x = [1,", *PROMPTS[:2]]
+    params = params_of(0.0, num=3)
+    eager, graphed = LLM(cuda_graphs=False, **given), LLM(**given)
+    expected, found = (llm.generate(repeating, params) for llm in (eager, graphed))
+    assert tokens_of(found) == tokens_of(expected)
+    assert [o.speculation for o in found] == [o.speculation for o in expected]
+
+
+def test_auto_learns_from_replayed_steps() -> None:
+    llm = LLM(device="cuda", dtype="float32", num_pages=400, max_model_len=512)
+    outputs = llm.generate(PROMPTS, params_of(0.0, max_tokens=96))
+    assert sum(output.usage.completion_tokens for output in outputs) > 96
+    assert llm.stats().num_late_compilations == 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_is_what_was_planned(dtype: str) -> None:
     torch.cuda.empty_cache()

@@ -12,9 +12,12 @@ import triton.language as tl
 from jetflow_kernels.accept_tree.buffers import CHUNK, SamplingTable, VerifiedTrees, WalkBuffers
 from jetflow_kernels.aot import KernelConfiguration
 from jetflow_kernels.philox_gumbel.kernel import gumbel
+from jetflow_kernels.shipped import size_class
 
-#: Scores, changed tokens and rows of a path that one pass of a program takes.
-BLOCK_FILTER, BLOCK_CHANGED, BLOCK_PATH = 2048, 256, 64
+#: Scores and changed tokens that one pass of a program takes.
+BLOCK_FILTER, BLOCK_CHANGED = 2048, 256
+#: Sizes that code is compiled for; a batch takes the smallest that holds it.
+TREE_BLOCKS, CHUNK_BLOCKS, PATH_BLOCKS, BATCH_BLOCKS = (32, 128, 512), (256,), (128,), (512,)
 _NOBODY = tl.constexpr(2**31 - 1)
 #: All that a thread can have.
 MAX_REGISTERS = 255
@@ -73,7 +76,7 @@ def best_tokens_kernel(p_logits, p_best, p_ids, V, s_row, num_chunks, CHUNK: tl.
     _store_best(p_best, p_ids, i_row.to(tl.int64) * num_chunks + i_chunk, b_scores, o_v, m_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "L", "num_chunks"])
 def walk_best_kernel(
     p_tokens, p_parents, p_counts, p_first_rows, p_best, p_ids, p_nodes, p_path, p_lengths, p_walking,
     N, L, num_chunks, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -95,7 +98,7 @@ def walk_best_kernel(
     tl.store(p_lengths + i_request, length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "num_requests"])
 def start_kernel(p_counts, p_nodes, p_lengths, p_walking, L, num_requests, BLOCK_R: tl.constexpr):
     """One program: every walk is at its root."""
     o_r = tl.arange(0, BLOCK_R)
@@ -107,7 +110,7 @@ def start_kernel(p_counts, p_nodes, p_lengths, p_walking, L, num_requests, BLOCK
     tl.store(p_walking + o_r, (b_counts > 0).to(tl.int32), mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def scores_kernel(
     p_logits, p_first_rows, p_nodes, p_lengths, p_walking, p_factors, p_scores, V, L, s_row, CHUNK: tl.constexpr
 ):  # fmt: skip
@@ -139,7 +142,7 @@ def _changed(p_logits, b_ids, b_counts, b_bias, p_factors, m):
     return b_scores / tl.where(temperature > 0, temperature, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "num_changed_places", "num_barred_places"])
 def changes_kernel(
     p_logits, p_first_rows, p_nodes, p_path, p_lengths, p_walking, p_numbers, p_factors,
     p_changed_ids, p_changed_counts, p_changed_bias, p_barred, p_scores,
@@ -309,13 +312,13 @@ def filters_kernel(
     tl.store(p_cut_id + i_request, last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "num_chunks", "has_filters"])
 def draw_kernel(
-    p_logits, p_scores, p_first_rows, p_nodes, p_lengths, p_walking, p_numbers, p_factors, p_cut, p_cut_id,
-    p_best, p_ids, V, L, s_row, num_chunks,
-    IS_PROCESSED: tl.constexpr, HAS_FILTERS: tl.constexpr, CHUNK: tl.constexpr,
+    p_logits, p_first_rows, p_nodes, p_lengths, p_walking, p_numbers, p_factors, p_cut, p_cut_id,
+    p_best, p_ids, V, L, s_row, num_chunks, has_filters, IS_PROCESSED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Program (request, chunk): the chunk's best token behind noise."""
+    """Program (request, chunk): the chunk's best token behind noise. The logits are those of all rows, or the scores of
+    the reached ones, processed already."""
     i_request, i_chunk = tl.program_id(0), tl.program_id(1)
     if tl.load(p_walking + i_request) == 0:
         return
@@ -325,13 +328,13 @@ def draw_kernel(
     m_v = o_v < V
     # [CHUNK]
     if IS_PROCESSED:
-        b_scores = tl.load(p_scores + i_request.to(tl.int64) * V + o_v, mask=m_v, other=float("-inf"))
+        b_scores = tl.load(p_logits + i_request.to(tl.int64) * s_row + o_v, mask=m_v, other=float("-inf"))
     else:
         node = tl.load(p_nodes + i_request.to(tl.int64) * L + length)
         row = (tl.load(p_first_rows + i_request) + node).to(tl.int64)
         b_scores = _load_scores(p_logits + row * s_row + o_v, m_v)
         b_scores = b_scores / tl.where(temperature > 0, temperature, 1.0)
-    if HAS_FILTERS:
+    if has_filters > 0:
         cut = tl.load(p_cut + i_request)
         is_kept = (b_scores > cut) | ((b_scores == cut) & (o_v <= tl.load(p_cut_id + i_request)))
         b_scores = tl.where(is_kept, b_scores, float("-inf"))
@@ -341,7 +344,7 @@ def draw_kernel(
     _store_best(p_best, p_ids, i_request.to(tl.int64) * num_chunks + i_chunk, b_scores, o_v, m_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "L", "num_chunks"])
 def step_kernel(
     p_tokens, p_parents, p_counts, p_best, p_ids, p_nodes, p_path, p_lengths, p_walking,
     N, L, num_chunks, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -362,7 +365,7 @@ def step_kernel(
     tl.store(p_walking + i_request, goes_on.to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "s_page_table", "page_size"])
 def commit_slots_kernel(
     p_nodes, p_lengths, p_context, p_page_table, p_source, p_target, L, s_page_table, page_size, BLOCK_L: tl.constexpr
 ):  # fmt: skip
@@ -391,7 +394,7 @@ def accept_tree_triton(trees: VerifiedTrees, table: SamplingTable | None, out: W
     if not num_requests:
         return
     num_levels, num_chunks = out.nodes.shape[1], out.best_scores.shape[1]
-    blocks = {"BLOCK_N": _block(num_nodes), "BLOCK_C": _block(num_chunks)}
+    blocks = {"BLOCK_N": size_class(num_nodes, TREE_BLOCKS), "BLOCK_C": size_class(num_chunks, CHUNK_BLOCKS)}
     tree = (trees.token_ids, trees.parents, trees.counts)
     best, walk = (out.best_scores, out.best_ids), (out.nodes, out.token_ids, out.lengths, out.walking)
     s_row = trees.logits.stride(0)
@@ -405,14 +408,16 @@ def accept_tree_triton(trees: VerifiedTrees, table: SamplingTable | None, out: W
         return
     start_kernel[(1,)](
         trees.counts, out.nodes, out.lengths, out.walking, num_levels, num_requests,
-        BLOCK_R=_block(num_requests), num_warps=1, **_OPTIONS,
+        BLOCK_R=size_class(num_requests, BATCH_BLOCKS), num_warps=1, **_OPTIONS,
     )  # fmt: skip
+    logits = out.scores if table.is_processed else trees.logits
     for _ in range(num_levels):
         _process_reached(trees, table, out)
         draw_kernel[(num_requests, num_chunks)](
-            trees.logits, out.scores, trees.first_rows, out.nodes, out.lengths, out.walking,
-            table.numbers, table.factors, out.cut, out.cut_id, *best, vocab_size, num_levels, s_row, num_chunks,
-            IS_PROCESSED=table.is_processed, HAS_FILTERS=table.has_filters, CHUNK=CHUNK, num_warps=4, **_OPTIONS,
+            logits, trees.first_rows, out.nodes, out.lengths, out.walking,
+            table.numbers, table.factors, out.cut, out.cut_id, *best,
+            vocab_size, num_levels, logits.stride(0), num_chunks, int(table.has_filters),
+            IS_PROCESSED=table.is_processed, CHUNK=CHUNK, num_warps=4, **_OPTIONS,
         )  # fmt: skip
         step_kernel[(num_requests,)](
             *tree, *best, *walk, num_nodes, num_levels, num_chunks, **blocks, num_warps=4, **_OPTIONS
@@ -433,7 +438,7 @@ def _process_reached(trees: VerifiedTrees, table: SamplingTable, out: WalkBuffer
             table.numbers, table.factors, table.changed_ids, table.changed_counts, table.changed_bias,
             table.barred_ids, out.scores, vocab_size, num_levels, s_row,
             table.changed_ids.shape[1], table.barred_ids.shape[1],
-            BLOCK=BLOCK_CHANGED, BLOCK_L=_block(num_levels), num_warps=4, **_OPTIONS,
+            BLOCK=BLOCK_CHANGED, BLOCK_L=size_class(num_levels, PATH_BLOCKS), num_warps=4, **_OPTIONS,
         )  # fmt: skip
     if table.has_filters:
         filters_kernel[(num_requests,)](
@@ -456,33 +461,52 @@ def commit_slots_triton(
     if num_requests:
         commit_slots_kernel[(num_requests,)](
             out.nodes, out.lengths, context_lens, page_table, source_slots, target_slots,
-            num_levels, page_table.stride(0), page_size, BLOCK_L=_block(num_levels), num_warps=1, **_OPTIONS,
+            num_levels, page_table.stride(0), page_size,
+            BLOCK_L=size_class(num_levels, PATH_BLOCKS), num_warps=1, **_OPTIONS,
         )  # fmt: skip
 
 
-def _block(num: int) -> int:
-    return max(1, int(triton.next_power_of_2(num)))
+def launch_each_variant(device: torch.device, *, dtype: torch.dtype, vocab_size: int) -> None:
+    """Every kernel that walks over logits of this dtype and vocabulary, for requests that are not there."""
+    logits = torch.zeros(1, vocab_size, dtype=dtype, device=device)
+    first_rows = torch.zeros(1, dtype=torch.int32, device=device)
+    for num_nodes in TREE_BLOCKS:
+        nodes = torch.zeros(1, num_nodes, dtype=torch.int32, device=device)
+        trees = VerifiedTrees(token_ids=nodes, parents=nodes, counts=first_rows, first_rows=first_rows, logits=logits)
+        out = WalkBuffers.allocate(
+            num_requests=1, num_levels=1, num_rows=1, vocab_size=vocab_size, is_processed=True, device=device
+        )
+        accept_tree_triton(trees, None, out)
+        for is_processed in (False, True):
+            table = SamplingTable.allocate(
+                num_requests=1, num_changed=0, num_barred=0, has_changes=is_processed, has_filters=is_processed,
+                device=device,
+            )  # fmt: skip
+            accept_tree_triton(trees, table, out)
+    slots = torch.zeros(2, 1, 1, dtype=torch.int64, device=device)
+    commit_slots_triton(out, slots[0].clone(), slots[1].clone(), context_lens=first_rows, page_table=nodes, page_size=1)
 
 
 def shipped_configurations() -> list[KernelConfiguration]:
-    """Every dtype of logits with the largest vocabularies and trees."""
+    """Every dtype of logits and class of trees: these are all kernels that a launch can ask for."""
     found = []
-    for name, is_processed in (("bf16", False), ("fp16", True), ("fp32", False), ("fp64", True)):
-        draw = {"IS_PROCESSED": is_processed, "HAS_FILTERS": is_processed, "CHUNK": CHUNK}
-        changes = {"BLOCK": BLOCK_CHANGED, "BLOCK_L": BLOCK_PATH}
+    for name in ("bf16", "fp16", "fp32", "fp64"):
+        changes = {"BLOCK": BLOCK_CHANGED, "BLOCK_L": PATH_BLOCKS[0]}
         found += [
             _configuration(f"best-{name}", best_tokens_kernel, {"CHUNK": CHUNK}, 4, logits=name),
-            _configuration(f"draw-{name}", draw_kernel, draw, 4, logits=name),
+            _configuration(f"draw-{name}", draw_kernel, {"IS_PROCESSED": False, "CHUNK": CHUNK}, 4, logits=name),
             _configuration(f"scores-{name}", scores_kernel, {"CHUNK": CHUNK}, 4, logits=name),
             _configuration(f"changes-{name}", changes_kernel, changes, 4, logits=name),
         ]
-    blocks = {"BLOCK_N": 512, "BLOCK_C": 256}
+    found.append(_configuration("draw", draw_kernel, {"IS_PROCESSED": True, "CHUNK": CHUNK}, 4, logits="fp64"))
+    for num_nodes in TREE_BLOCKS:
+        blocks = {"BLOCK_N": num_nodes, "BLOCK_C": CHUNK_BLOCKS[0]}
+        found.append(_configuration(f"walk-n{num_nodes}", walk_best_kernel, blocks, 4))
+        found.append(_configuration(f"step-n{num_nodes}", step_kernel, blocks, 4))
     found += [
         _configuration("filters", filters_kernel, {"BLOCK": BLOCK_FILTER}, 8),
-        _configuration("walk", walk_best_kernel, blocks, 4),
-        _configuration("step", step_kernel, blocks, 4),
-        _configuration("start", start_kernel, {"BLOCK_R": 64}, 1),
-        _configuration("slots", commit_slots_kernel, {"BLOCK_L": BLOCK_PATH}, 1),
+        _configuration("start", start_kernel, {"BLOCK_R": BATCH_BLOCKS[0]}, 1),
+        _configuration("slots", commit_slots_kernel, {"BLOCK_L": PATH_BLOCKS[0]}, 1),
     ]
     return found
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from jetflow_kernels.shipped import size_class
+
 #: Most candidates of one depth.
 MAX_WIDTH = 16
 #: Deepest node, and most nodes of one tree, roots included.
@@ -16,6 +18,8 @@ MAX_ROWS = 4096
 MIN_SCORE = -(2**24)
 #: Expected tokens are counted in units of 2^-24.
 VALUE_UNIT = 2**24
+#: Words of a path, each for 15 depths of 4 bits: of trees down to depth 30, and of deeper ones.
+WORDS_OF_PATHS = (2, 5)
 #: Columns of `TreeLimits.requests`.
 LIMIT_COLUMNS = ("max_nodes", "max_depth", "width", "bias")
 
@@ -125,7 +129,7 @@ class TreeBuffers:
             siblings=zeros(num_requests, num_depths, width if is_conditional else 1, MAX_WIDTH),
             grown=zeros(num_requests),
             ranks=zeros(*trees),
-            paths=zeros(-(-num_depths // 15), *trees, dtype=torch.int64),
+            paths=zeros(size_class(-(-num_depths // 15), WORDS_OF_PATHS), *trees, dtype=torch.int64),
             order=zeros(*trees),
             values=zeros(num_rows, dtype=torch.int64),
         )

@@ -10,17 +10,27 @@ import triton.language as tl
 
 from jetflow_kernels.aot import KernelConfiguration
 from jetflow_kernels.build_tree.buffers import (
+    MAX_DEPTH,
+    MAX_NODES,
     MAX_ROWS,
     MAX_WIDTH,
     VALUE_UNIT,
+    WORDS_OF_PATHS,
     Candidates,
     RowLayout,
     TreeBuffers,
     TreeLimits,
 )
+from jetflow_kernels.shipped import size_class
 
-#: Rows of siblings, nodes and requests that one program takes.
-BLOCK_SIBLINGS, BLOCK_NODES, BLOCK_REQUESTS = 16, 16, 64
+#: Rows of siblings and nodes that one program takes.
+BLOCK_SIBLINGS, BLOCK_NODES = 16, 16
+#: Sizes that code is compiled for; a batch takes the smallest that holds it. Everything else about it is an argument.
+TREE_BLOCKS = (32, 128, MAX_NODES)
+BATCH_BLOCKS = (64, 512)
+SEARCH_BLOCKS = (4, 64)
+CUT_BLOCKS = (512, MAX_ROWS)
+WORD_BLOCKS = (4, MAX_NODES // 32)
 #: Nodes that one program lays out.
 BLOCK_ROWS = 32
 #: All that a thread can have; less would spill where paths are long.
@@ -32,20 +42,19 @@ _NEVER = tl.constexpr(2**31 - 1)
 _VALUE_UNIT = tl.constexpr(VALUE_UNIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "rows_per_request", "width"])
 def order_siblings_kernel(
-    p_scores, p_limits, p_siblings, num_rows,
-    D: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr,
+    p_scores, p_limits, p_siblings, num_rows, rows_per_request, width, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (block of rows): score and rank of each candidate in one number, the best first."""
     i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_row = i_row < num_rows
     o_w = tl.arange(0, BLOCK_W)
     # [BLOCK]
-    b_width = tl.load(p_limits + (i_row // (D * P)) * 4 + 2, mask=m_row, other=0)
-    m_w = m_row[:, None] & (o_w < W)[None, :] & (o_w[None, :] < b_width[:, None])
+    b_width = tl.load(p_limits + (i_row // rows_per_request) * 4 + 2, mask=m_row, other=0)
+    m_w = m_row[:, None] & (o_w < width)[None, :] & (o_w[None, :] < b_width[:, None])
     # [BLOCK, BLOCK_W]
-    o_score = i_row.to(tl.int64)[:, None] * W + o_w[None, :]
+    o_score = i_row.to(tl.int64)[:, None] * width + o_w[None, :]
     b_score = tl.load(p_scores + o_score, mask=m_w, other=0)
     b_packed = tl.where(m_w, b_score * 16 + 15 - o_w[None, :], _NONE)
     # [BLOCK, BLOCK_W, BLOCK_W]: no two candidates of a row are equal.
@@ -55,11 +64,11 @@ def order_siblings_kernel(
     tl.store(p_siblings + o_out, b_packed, mask=m_w)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "D", "P", "W"])
 def grow_kernel(
     p_ids, p_siblings, p_anchors, p_limits,
     p_tokens, p_parents, p_depths, p_scores, p_ranks, p_grown,
-    N, D: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK_N: tl.constexpr,
+    N, D, P, W, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (request): takes its nodes best first. Each node offers its best child that is not taken yet."""
     i_request = tl.program_id(0)
@@ -102,16 +111,14 @@ def grow_kernel(
 
         # The node, its next sibling and its first child.
         p_row = p_table + (depth - 1) * (P * 16)
-        if P > 1:
-            p_row += tl.where(depth > 1, parent_rank, 0) * 16
+        p_row += tl.where((P > 1) & (depth > 1), parent_rank, 0) * 16
         packed = tl.load(p_row + place)
         rank = 15 - (packed & 15)
         m_sibling = place + 1 < width
         sibling = tl.load(p_row + place + 1, mask=m_sibling, other=0)
         m_child = depth < max_depth
         p_child = p_table + depth * (P * 16)
-        if P > 1:
-            p_child += rank * 16
+        p_child += tl.where(P > 1, rank, 0) * 16
         child = tl.load(p_child, mask=m_child, other=0)
         token = tl.load(p_request_ids + (depth - 1) * W + rank).to(tl.int32)
         tl.store(p_tokens + o_first + count, token)
@@ -141,7 +148,7 @@ def grow_kernel(
     tl.store(p_grown + i_request, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "s_word"])
 def trace_paths_kernel(
     p_parents, p_depths, p_ranks, p_grown, p_paths, N, s_word, WORDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -167,11 +174,11 @@ def trace_paths_kernel(
         tl.store(p_paths + i_word * s_word + o_first + o_n, b_path, mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_requests", "s_word", "table_len", "num_values", "num_steps", "has_cost"])
 def order_nodes_kernel(
     p_scores, p_depths, p_paths, p_grown, p_limits, p_value_table, p_order, p_values,
-    N, num_requests, s_word, table_len, num_values,
-    WORDS: tl.constexpr, STEPS: tl.constexpr, HAS_COST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    N, num_requests, s_word, table_len, num_values, num_steps, has_cost,
+    WORDS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (request, block of nodes): how many nodes of all requests come before each; nodes of one request are in
     order, so a binary search in each request tells."""
@@ -193,7 +200,7 @@ def order_nodes_kernel(
         # [BLOCK, BLOCK_R]: nodes from 1 to low - 1 come before, those from high on do not.
         b_low = tl.full([BLOCK, BLOCK_R], 1, dtype=tl.int32)
         b_high = tl.maximum(b_grown, 1)[None, :] + tl.zeros([BLOCK, BLOCK_R], dtype=tl.int32)
-        for _ in range(STEPS):
+        for _ in range(num_steps):
             m_open = m_n[:, None] & m_r[None, :] & (b_low < b_high)
             b_middle = (b_low + b_high) // 2
             o_middle = o_base[None, :] + b_middle
@@ -215,7 +222,7 @@ def order_nodes_kernel(
         b_before += tl.sum(tl.where(m_r[None, :], b_low - 1, 0), 1)
     m_own = o_n < N
     tl.store(p_order + o_own, tl.where(m_n, b_before, _NEVER), mask=m_own)
-    if HAS_COST:
+    if has_cost > 0:
         b_index = (-tl.minimum(b_score, 0)) >> 8
         b_index = tl.minimum(b_index, table_len - 1)
         m_value = m_n & (b_before < num_values)
@@ -223,10 +230,10 @@ def order_nodes_kernel(
         tl.store(p_values + b_before, b_value, mask=m_value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_requests", "num_rows", "num_steps", "has_cost"])
 def cut_kernel(
     p_grown, p_order, p_values, p_budget, p_cost, p_counts, p_row_start,
-    N, num_requests, num_rows, STEPS: tl.constexpr, HAS_COST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+    N, num_requests, num_rows, num_steps, has_cost, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: how many nodes of the order are kept, and what each request has of them."""
     o_r = tl.arange(0, BLOCK_R)
@@ -237,7 +244,7 @@ def cut_kernel(
     num_roots = tl.sum(b_root, 0)
     budget = tl.minimum(tl.load(p_budget), num_rows)
     num_kept = tl.maximum(tl.minimum(budget - num_roots, tl.sum(b_grown, 0) - num_roots), 0)
-    if HAS_COST:
+    if has_cost > 0:
         # [BLOCK]: entry n is a step with n nodes behind the roots.
         o_n = tl.arange(0, BLOCK)
         m_n = o_n <= num_kept
@@ -259,7 +266,7 @@ def cut_kernel(
     # [BLOCK_R]: nodes of one request are in order.
     b_low = tl.full([BLOCK_R], 1, dtype=tl.int32)
     b_high = tl.maximum(b_grown, 1)
-    for _ in range(STEPS):
+    for _ in range(num_steps):
         m_open = m_r & (b_low < b_high)
         b_middle = (b_low + b_high) // 2
         b_place = tl.load(p_order + o_r.to(tl.int64) * N + b_middle, mask=m_open, other=0)
@@ -272,19 +279,23 @@ def cut_kernel(
     tl.store(p_row_start + num_requests, tl.sum(b_count, 0))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "N", "num_requests", "num_rows", "num_tiles", "num_words", "s_page_table", "page_size", "pad_slot", "tile_rows",
+    ]
+)  # fmt: skip
 def lay_out_rows_kernel(
     p_tokens, p_parents, p_depths, p_counts, p_row_start, p_context, p_page_table,
     p_row_tokens, p_positions, p_slots, p_bits, p_requests, p_tiles,
-    N, num_requests, num_rows, num_tiles, s_page_table, page_size, pad_slot, tile_rows,
-    WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+    N, num_requests, num_rows, num_tiles, num_words, s_page_table, page_size, pad_slot, tile_rows,
+    BLOCK_WORDS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (request, block of nodes): their rows. Programs behind the last request clear the rows and tiles that
     nobody has."""
     i_request, i_block = tl.program_id(0), tl.program_id(1)
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
     o_words = tl.arange(0, BLOCK_WORDS)
-    m_words = o_words < WORDS
+    m_words = o_words < num_words
     o_r = tl.arange(0, BLOCK_R)
     # [BLOCK_R]
     b_counts = tl.load(p_counts + o_r, mask=o_r < num_requests, other=0)
@@ -300,7 +311,7 @@ def lay_out_rows_kernel(
             tl.store(p_positions + o_row, b_zero, mask=m_row)
             tl.store(p_slots + o_row, b_zero + pad_slot, mask=m_row)
             b_none = tl.zeros([BLOCK, BLOCK_WORDS], dtype=tl.int32)
-            p_none = p_bits + o_row[:, None] * WORDS + o_words[None, :]
+            p_none = p_bits + o_row[:, None] * num_words + o_words[None, :]
             tl.store(p_none, b_none, mask=m_row[:, None] & m_words[None, :])
         for start in range(first_tile + i_block * BLOCK, num_tiles, tl.num_programs(1) * BLOCK):
             o_tile = start + tl.arange(0, BLOCK)
@@ -330,7 +341,7 @@ def lay_out_rows_kernel(
         b_bit = tl.where(m_walk, 1 << (tl.maximum(b_node, 0) % 32), 0)
         b_bits |= tl.where((b_node // 32)[:, None] == o_words[None, :], b_bit[:, None], 0)
         b_node = tl.load(p_parents + o_first + b_node, mask=m_walk, other=-1)
-    p_row_bits = p_bits + o_row[:, None] * WORDS + o_words[None, :]
+    p_row_bits = p_bits + o_row[:, None] * num_words + o_words[None, :]
     tl.store(p_row_bits, b_bits, mask=m_n[:, None] & m_words[None, :])
     m_tile = m_n & (o_n % tile_rows == 0)
     o_tile = first_tile + o_n // tile_rows
@@ -350,16 +361,16 @@ def build_tree_triton(candidates: Candidates, limits: TreeLimits, out: TreeBuffe
     if not num_requests:
         out.row_start.zero_()
         return
-    table = {"D": num_depths, "P": num_parents, "W": width}
     num_sibling_rows = num_requests * num_depths * num_parents
     order_siblings_kernel[(triton.cdiv(num_sibling_rows, BLOCK_SIBLINGS),)](
-        candidates.scores, limits.requests, out.siblings, num_sibling_rows,
-        **table, BLOCK_W=_block(width), BLOCK=BLOCK_SIBLINGS, num_warps=4,
+        candidates.scores, limits.requests, out.siblings, num_sibling_rows, num_depths * num_parents, width,
+        BLOCK_W=MAX_WIDTH, BLOCK=BLOCK_SIBLINGS, num_warps=4,
     )  # fmt: skip
+    block_n = size_class(num_nodes, TREE_BLOCKS)
     grow_kernel[(num_requests,)](
         candidates.ids, out.siblings, limits.anchor_ids, limits.requests,
         out.token_ids, out.parents, out.depths, out.scores, out.ranks, out.grown,
-        num_nodes, **table, BLOCK_N=_block(num_nodes), num_warps=_grow_warps(num_nodes),
+        num_nodes, num_depths, num_parents, width, BLOCK_N=block_n, num_warps=_grow_warps(block_n),
     )  # fmt: skip
     num_words, s_word = out.paths.shape[0], out.paths.stride(0)
     block = _order_block(num_words)
@@ -373,14 +384,14 @@ def build_tree_triton(candidates: Candidates, limits: TreeLimits, out: TreeBuffe
     steps = num_nodes.bit_length()
     order_nodes_kernel[grid](
         out.scores, out.depths, out.paths, out.grown, limits.requests, value_table, out.order, out.values,
-        num_nodes, num_requests, s_word, value_table.shape[0], out.values.shape[0],
-        WORDS=num_words, STEPS=steps, HAS_COST=has_cost, BLOCK=block,
-        BLOCK_R=min(BLOCK_REQUESTS, _block(num_requests)), num_warps=4, maxnreg=MAX_REGISTERS,
+        num_nodes, num_requests, s_word, value_table.shape[0], out.values.shape[0], steps, int(has_cost),
+        WORDS=num_words, BLOCK=block, BLOCK_R=_search_block(num_requests), num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     cut_kernel[(1,)](
         out.grown, out.order, out.values, limits.budget, limits.cost if has_cost else out.values,
-        out.counts, out.row_start, num_nodes, num_requests, out.num_rows,
-        STEPS=steps, HAS_COST=has_cost, BLOCK_R=_block(num_requests), BLOCK=_block(out.num_rows), num_warps=8,
+        out.counts, out.row_start, num_nodes, num_requests, out.num_rows, steps, int(has_cost),
+        BLOCK_R=size_class(num_requests, BATCH_BLOCKS), BLOCK=size_class(out.num_rows, CUT_BLOCKS),
+        num_warps=8, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
 
@@ -399,15 +410,52 @@ def lay_out_rows_triton(
     lay_out_rows_kernel[(trees.num_requests + 1, triton.cdiv(trees.num_nodes, BLOCK_ROWS))](
         trees.token_ids, trees.parents, trees.depths, trees.counts, trees.row_start, context_lens, page_table,
         out.token_ids, out.positions, out.slot_mapping, out.ancestor_bits, out.requests, out.tiles,
-        trees.num_nodes, trees.num_requests, out.token_ids.shape[0], out.tiles.shape[0], page_table.stride(0),
-        page_size, pad_slot, tile_rows,
-        WORDS=num_words, BLOCK_WORDS=_block(num_words), BLOCK_R=_block(trees.num_requests), BLOCK=BLOCK_ROWS,
-        num_warps=4,
+        trees.num_nodes, trees.num_requests, out.token_ids.shape[0], out.tiles.shape[0], num_words,
+        page_table.stride(0), page_size, pad_slot, tile_rows,
+        BLOCK_WORDS=size_class(num_words, WORD_BLOCKS), BLOCK_R=size_class(trees.num_requests, BATCH_BLOCKS),
+        BLOCK=BLOCK_ROWS, num_warps=4,
     )  # fmt: skip
 
 
-def _block(num: int) -> int:
-    return max(1, int(triton.next_power_of_2(num)))
+def launch_each_variant(device: torch.device) -> None:
+    """Every kernel of this op, over trees that nobody has."""
+    wide, deep = (MAX_NODES, 2 * CUT_BLOCKS[0], MAX_DEPTH), (1, CUT_BLOCKS[0], 1)
+    for num_requests, (num_nodes, num_rows, num_depths) in (
+        (SEARCH_BLOCKS[0], wide), (BATCH_BLOCKS[0] + 1, wide), (SEARCH_BLOCKS[0], deep), (BATCH_BLOCKS[0] + 1, deep),
+        (1, (TREE_BLOCKS[1], 1, 1)),
+    ):  # fmt: skip
+        _launch_over_nobody(num_requests, num_nodes, num_rows, num_depths, device)
+
+
+def _launch_over_nobody(
+    num_requests: int, num_nodes: int, num_rows: int, num_depths: int, device: torch.device
+) -> None:
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    trees = TreeBuffers.allocate(
+        num_requests=num_requests, num_nodes=num_nodes, num_rows=num_rows, num_depths=num_depths, width=1,
+        is_conditional=False, device=device,
+    )  # fmt: skip
+    candidates = Candidates(
+        ids=zeros(num_requests, num_depths, 1, dtype=torch.int64), scores=zeros(num_requests, num_depths, 1, 1)
+    )
+    limits = TreeLimits(
+        anchor_ids=zeros(num_requests, dtype=torch.int64), requests=zeros(num_requests, 4), budget=zeros(1)
+    )
+    build_tree_triton(candidates, limits, trees)
+    rows = RowLayout.allocate(
+        num_requests=num_requests, num_nodes=num_nodes, num_rows=num_rows, tile_rows=1, device=device
+    )
+    lay_out_rows_triton(
+        trees, rows, context_lens=zeros(num_requests), page_table=zeros(num_requests, 1), page_size=1, pad_slot=0,
+        tile_rows=1,
+    )  # fmt: skip
+
+
+def _search_block(num_requests: int) -> int:
+    """Requests in which a program searches at a time."""
+    return SEARCH_BLOCKS[0] if num_requests <= SEARCH_BLOCKS[0] else SEARCH_BLOCKS[1]
 
 
 def _order_block(num_words: int) -> int:
@@ -421,13 +469,13 @@ def _grow_warps(num_nodes: int) -> int:
 
 
 def shipped_configurations() -> list[KernelConfiguration]:
-    """Narrow and wide tables, small and large trees, with a price and without."""
-    found = [_siblings(width, is_conditional=is_conditional) for width, is_conditional in ((4, False), (16, True))]
-    found += [_grow(nodes, is_conditional=p) for nodes, p in ((16, True), (128, False), (128, True), (512, True))]
-    for num_depths in (15, 24, 64):
-        found += _paths(num_depths)
-    found += [_cut(rows, has_cost=rows > 512) for rows in (512, 2048, MAX_ROWS)]
-    found += [_rows(nodes, requests) for nodes, requests in ((32, 1), (512, 64))]
+    """Every class of sizes: these are all kernels that a launch can ask for."""
+    found = [_configuration("siblings", order_siblings_kernel, {}, {"BLOCK_W": MAX_WIDTH, "BLOCK": BLOCK_SIBLINGS}, 4)]
+    found += [_grow(num_nodes) for num_nodes in TREE_BLOCKS]
+    for words in WORDS_OF_PATHS:
+        found += _paths(words)
+    found += [_cut(requests, rows) for requests in BATCH_BLOCKS for rows in CUT_BLOCKS]
+    found += [_rows(words, requests) for words in WORD_BLOCKS for requests in BATCH_BLOCKS]
     return found
 
 
@@ -453,49 +501,29 @@ def _configuration(
     )
 
 
-def _siblings(width: int, *, is_conditional: bool) -> KernelConfiguration:
-    constants = {
-        "D": 15,
-        "P": width if is_conditional else 1,
-        "W": width,
-        "BLOCK_W": _block(width),
-        "BLOCK": BLOCK_SIBLINGS,
-    }
-    return _configuration(f"siblings-w{width}-p{constants['P']}", order_siblings_kernel, {}, constants, 4)
-
-
-def _grow(num_nodes: int, *, is_conditional: bool) -> KernelConfiguration:
-    constants = {"D": 15, "P": MAX_WIDTH if is_conditional else 1, "W": MAX_WIDTH, "BLOCK_N": num_nodes}
+def _grow(num_nodes: int) -> KernelConfiguration:
     types = {"p_ids": "*i64", "p_anchors": "*i64"}
-    return _configuration(f"grow-n{num_nodes}-p{constants['P']}", grow_kernel, types, constants, _grow_warps(num_nodes))
+    return _configuration(f"grow-n{num_nodes}", grow_kernel, types, {"BLOCK_N": num_nodes}, _grow_warps(num_nodes))
 
 
-def _paths(num_depths: int) -> list[KernelConfiguration]:
-    words = -(-num_depths // 15)
+def _paths(words: int) -> list[KernelConfiguration]:
     types = {"p_paths": "*i64", "p_value_table": "*i64", "p_values": "*i64"}
-    order = {
-        "WORDS": words,
-        "STEPS": 9,
-        "HAS_COST": words != 2,
-        "BLOCK": _order_block(words),
-        "BLOCK_R": BLOCK_REQUESTS,
-    }
-    return [
+    constants = {"WORDS": words, "BLOCK": _order_block(words)}
+    return [_configuration(f"paths-w{words}", trace_paths_kernel, types, constants, 1)] + [
         _configuration(
-            f"paths-d{num_depths}", trace_paths_kernel, types, {"WORDS": words, "BLOCK": _order_block(words)}, 1
-        ),
-        _configuration(f"order-d{num_depths}", order_nodes_kernel, types, order, 4, MAX_REGISTERS),
+            f"order-w{words}-r{block}", order_nodes_kernel, types, constants | {"BLOCK_R": block}, 4, MAX_REGISTERS
+        )
+        for block in SEARCH_BLOCKS
     ]
 
 
-def _cut(num_rows: int, *, has_cost: bool) -> KernelConfiguration:
+def _cut(num_requests: int, num_rows: int) -> KernelConfiguration:
     types = {"p_values": "*i64", "p_cost": "*i64"}
-    constants = {"STEPS": 9, "HAS_COST": has_cost, "BLOCK_R": BLOCK_REQUESTS, "BLOCK": num_rows}
-    return _configuration(f"cut-b{num_rows}" + ("-cost" if has_cost else ""), cut_kernel, types, constants, 8)
+    constants = {"BLOCK_R": num_requests, "BLOCK": num_rows}
+    return _configuration(f"cut-r{num_requests}-b{num_rows}", cut_kernel, types, constants, 8, MAX_REGISTERS)
 
 
-def _rows(num_nodes: int, num_requests: int) -> KernelConfiguration:
+def _rows(words: int, num_requests: int) -> KernelConfiguration:
     types = dict.fromkeys(("p_row_tokens", "p_positions", "p_slots"), "*i64")
-    words = -(-num_nodes // 32)
-    constants = {"WORDS": words, "BLOCK_WORDS": _block(words), "BLOCK_R": num_requests, "BLOCK": BLOCK_ROWS}
-    return _configuration(f"rows-n{num_nodes}-r{num_requests}", lay_out_rows_kernel, types, constants, 4)
+    constants = {"BLOCK_WORDS": words, "BLOCK_R": num_requests, "BLOCK": BLOCK_ROWS}
+    return _configuration(f"rows-w{words}-r{num_requests}", lay_out_rows_kernel, types, constants, 4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 
 from jetflow_kernels.aot import KernelConfiguration
-from jetflow_kernels.shipped import DTYPES, HEAD_DIMS, TRITON_NAMES, check_head_dim
+from jetflow_kernels.shipped import DTYPES, HEAD_DIMS, TRITON_NAMES, check_head_dim, is_interpreted
 from jetflow_kernels.tree_attention.metadata import Capacity, TreeAttentionMetadata
 from jetflow_kernels.tree_attention.plan import TreeAttentionPlan
 from jetflow_kernels.tree_attention.tuning import LARGE_TILE, MAX_SPLITS, Tile, choose_splits, choose_tile
@@ -267,7 +266,7 @@ def attend(
         metadata.tiles, metadata.requests, metadata.page_table, metadata.ancestor_bits,
         scale * _LOG2_E, q.stride(0), q.stride(1), metadata.page_table.stride(0), metadata.ancestor_bits.stride(0),
         num_rows * num_heads, num_splits, num_kv_heads, group, k_pages.shape[1], head_dim,
-        **_constants(tile, head_dim, interpret=_is_interpreted()),
+        **_constants(tile, head_dim, interpret=is_interpreted()),
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     if num_splits > 1:
@@ -345,10 +344,6 @@ def _constants(tile: Tile, head_dim: int, *, interpret: bool) -> dict[str, Any]:
 
 def _combine_constants(head_dim: int) -> dict[str, Any]:
     return {"BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_S": MAX_SPLITS}
-
-
-def _is_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _num_sms(device: torch.device) -> int:

@@ -39,7 +39,6 @@ def make_llm(folders: tuple[Path, Path], dtype: str, device: str) -> LLM:
 def test_same_tokens_and_trees(
     folders: tuple[Path, Path], device: str, dtype: str, kind: str, max_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # From 17 nodes on eager tables are as wide as static ones.
     force = SpeculationOptions(mode="force", max_tree_nodes=18)
     params = [
         SamplingParams(max_tokens=max_tokens, seed=5 + i, ignore_eos=True, speculation=force, **options)

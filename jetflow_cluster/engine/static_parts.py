@@ -1,0 +1,71 @@
+"""What one request contributes to a step on static buffers, before anything is drafted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from jetflow_cluster.engine.lookup import Look
+from jetflow_cluster.engine.protocols import ScheduledRequest, Source
+from jetflow_cluster.tree.lookup import guess_weights
+
+
+@dataclass(frozen=True)
+class StaticPart:
+    """One request's part of a static step."""
+
+    item: ScheduledRequest
+    look: Look | None
+
+    @property
+    def is_alone(self) -> bool:
+        """Its own text guesses alone."""
+        return self.look is not None and self.look.is_sure
+
+    @property
+    def asks_head(self) -> bool:
+        """The draft head guesses."""
+        return self.item.asks_head and not self.is_alone
+
+    @property
+    def num_nodes(self) -> int:
+        """Where nobody guesses there is the root alone."""
+        return self.item.max_tree_nodes if self.asks_head or self.is_alone else 1
+
+    @property
+    def width(self) -> int:
+        """Candidates of a depth that count."""
+        return max(1, self.item.head_width) if self.asks_head else 1
+
+    @property
+    def source(self) -> Source:
+        """Where its guesses come from."""
+        if self.num_nodes == 1:
+            return Source.NONE
+        return Source.CHAIN if self.width == 1 else Source.HEAD
+
+    @property
+    def guesses(self) -> list[int]:
+        """Tokens that its own text says next."""
+        return self.look.match.token_ids if self.look is not None and self.num_nodes > 1 else []
+
+    def num_depths(self, head_depth: int) -> int:
+        """Deepest node."""
+        if self.num_nodes == 1:
+            return 0
+        return min(self.item.max_depth, max(head_depth if self.asks_head else 0, len(self.guesses)))
+
+
+def write_guesses(host: Mapping[str, torch.Tensor], parts: Sequence[StaticPart], head_depth: int) -> None:
+    """The inputs of a step that `mix_on_device` takes, of which the head's first `head_depth` depths count."""
+    host["num_guesses"].zero_()
+    host["num_own"].zero_()
+    for i, part in enumerate(parts):
+        num = len(part.guesses)
+        host["num_own"][i] = head_depth if part.asks_head else 0
+        host["num_guesses"][i] = num
+        if num and part.look is not None:
+            host["guess_ids"][i, :num] = torch.tensor(part.guesses)
+            host["guess_weights"][i, :num] = torch.tensor(guess_weights(part.look.match), dtype=torch.float64)

@@ -1,0 +1,29 @@
+"""The benchmarks of the ops run, and find their op right, on whatever device is there."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent.parent / "kernels" / "benchmarks"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        ("tree_attention", (2, 5, 20, torch.float32)),
+        ("qk_norm_rope_store", (3, torch.float32)),
+        ("commit_kv", (2, 3)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_one_row(op: str, case: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    measure = importlib.import_module(op).measure
+    row = measure(*case, DEVICE, 1e10)
+    assert row[f"{op}_us"] > 0.0
+    assert row["share_of_copy_bandwidth"] > 0.0
