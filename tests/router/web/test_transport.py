@@ -37,6 +37,7 @@ CASES: dict[str, tuple[tuple[str, bytes], int]] = {
     "digits": (post(b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}"), 400),
     "deep": (post(b'{"prompt": ' + b"[" * 100_000 + b"}"), 400),
     "form": (post(b"prompt=a", "application/x-www-form-urlencoded"), 415),
+    "untyped": (("POST /v1/completions HTTP/1.1\r\ncontent-length: 15", b'{"prompt": "a"}'), 415),
     "declared-too-large": ((post(b"")[0].replace(": 0", f": {MAX_REQUEST_BYTES + 1}"), b""), 413),
 }
 
@@ -56,7 +57,7 @@ def test_a_body_that_grows_too_large_is_left() -> None:
     async def test() -> None:
         async with cluster(1, http_port=0) as made:
             parts = [b"%x\r\n" % size + b" " * size + b"\r\n" for size in (*[0xF0000] * 17, 0x20000)]
-            head = "POST /v1/completions HTTP/1.1\r\ntransfer-encoding: chunked"
+            head = "POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\ntransfer-encoding: chunked"
             assert (await send(made, head, b"".join(parts)))[0] == 413
 
     run(test)
