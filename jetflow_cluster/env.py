@@ -48,7 +48,8 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     for name in sorted(ours.keys() - known):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-        raise ValueError(f"{name} = {ours[name]!r}: no such variable; {hint}")
+        # Without its value, which may be a secret under a misspelt name.
+        raise ValueError(f"{name}: no such variable; {hint}")
     threads = ours.get("JETFLOW_NUM_THREADS")
     if threads is not None and not threads.strip().isdigit():
         raise ValueError(f"JETFLOW_NUM_THREADS = {threads!r}: must be a whole number")

@@ -39,3 +39,9 @@ def test_mistakes_are_named(variables: dict[str, str], message: str) -> None:
 
 def test_a_token_is_not_shown() -> None:
     assert "abc" not in repr(read_environment({"JETFLOW_TOKEN": "abc"}))
+
+
+def test_a_misspelt_token_is_not_shown() -> None:
+    with pytest.raises(ValueError, match="JETFLOW_TOKN: no such variable") as raised:
+        read_environment({"JETFLOW_TOKN": "secret"})
+    assert "secret" not in str(raised.value)
