@@ -99,7 +99,7 @@ def _draw_panel(axis: Any, panel: Panel, lines: dict[str, list[tuple[float, floa
         axis.spines[side].set_visible(False)
     legend = {"loc": "lower left", "bbox_to_anchor": (0, 0.99), "borderaxespad": 0, "frameon": False}
     if names:
-        axis.legend(fontsize=7, ncols=4, handlelength=1, columnspacing=1.2, **legend)
+        axis.legend(fontsize=7, ncols=8 if are_many else 4, handlelength=1, columnspacing=1.2, **legend)
 
 
 def _shade(share: float) -> tuple[float, float, float]:
