@@ -49,14 +49,11 @@ def mix_on_device(
     found = torch.where((ids == guess[:, :, None]) & m_w[:, None], o_w, width).amin(2)
     is_new = is_own & (found == width)
     place = torch.where(is_own, torch.where(is_new, last, found), 0)
-    above = F.pad(place, (1, 0))[:, :-1]
+    o_row = _below(place)[:, :, None, None].expand(-1, -1, 1, width)
     # [R, D, W]: the row under the guess above; behind a guess that is no candidate, the mean of all.
-    o_row = above[:, :, None, None].expand(-1, -1, 1, width)
-    row = scores.gather(2, o_row).squeeze(2)
-    shares = (scores.double() / SCORE_UNIT).exp().masked_fill(~m_w[:, None, :, None], 0.0)
-    mean = _fixed(shares.sum(2) / widths[:, None, None])
-    is_behind_new = F.pad(is_new, (1, 0))[:, :-1] & is_own
-    row = torch.where(is_behind_new[:, :, None], mean, row)
+    own_row = scores.gather(2, o_row).squeeze(2)
+    is_behind_new = _below(is_new) & is_own
+    row = torch.where(is_behind_new[:, :, None], _mean_row(scores, m_w, widths), own_row)
     fixed = _fixed(weight)
     worst = row.gather(2, last[:, None].expand(-1, depths, 1)).squeeze(2)
     is_worthless = is_new & (fixed <= worst)
@@ -72,10 +69,21 @@ def mix_on_device(
     mixed = (1.0 - weight)[:, :, None] * (rest.double() / SCORE_UNIT).exp() + weight[:, :, None] * m_place
     alone = torch.where(m_place, fixed[:, :, None], MIN_SCORE)
     new_row = torch.where(is_own[:, :, None], _fixed(mixed), alone)
-    was_put = F.pad(is_put & is_own, (1, 0))[:, :-1] & is_own
+    was_put = _below(is_put & is_own) & is_own
     kept = torch.where(was_put[:, :, None], row, scores.gather(2, o_row).squeeze(2))
     new_row = torch.where(is_taken[:, :, None], new_row, kept)
     return ids, scores.scatter(2, o_row, new_row[:, :, None].to(torch.int32))
+
+
+def _below(values: torch.Tensor) -> torch.Tensor:
+    """What each depth's value is to the next one, ``[R, D]``; zeros at the first."""
+    return F.pad(values, (1, 0))[:, :-1]
+
+
+def _mean_row(scores: torch.Tensor, m_w: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
+    """What the candidates that count say on average, ``[R, D, W]``."""
+    shares = (scores.double() / SCORE_UNIT).exp().masked_fill(~m_w[:, None, :, None], 0.0)
+    return _fixed(shares.sum(2) / widths[:, None, None])
 
 
 def _fixed(shares: torch.Tensor) -> torch.Tensor:

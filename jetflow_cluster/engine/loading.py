@@ -109,11 +109,7 @@ def load_engine(
         needs_draft_context=bool(drafter and drafter.tap_layer_ids),
         budget=budget or FixedBudget(1),
     )
-    if channel is None:
-        scratch = parts.memory.num_scratch_pages
-        runner = TargetRunner(target, num_pages=num_pages, page_size=config.page_size, num_scratch_pages=scratch)
-    else:
-        runner = LeadingTarget(target, num_pages=num_pages, page_size=config.page_size, channel=channel)
+    runner = parts.runner(config.page_size, channel)
     engine = Engine(runner, drafter, scheduler, prefix_cache=prefix_cache, lookup=lookup, tree_builder=tree_builder)
     has_own_trees = drafter_factory is None and tree_builder is None
     if uses_graphs(config, target.device) and has_own_trees:
@@ -198,6 +194,12 @@ class _Parts:
     def num_pages(self) -> int:
         """Pages of the KV cache, on every rank."""
         return self.memory.num_pages
+
+    def runner(self, page_size: int, channel: LeaderChannel | None) -> TargetRunner:
+        if channel is not None:
+            return LeadingTarget(self.target, num_pages=self.num_pages, page_size=page_size, channel=channel)
+        scratch = self.memory.num_scratch_pages
+        return TargetRunner(self.target, num_pages=self.num_pages, page_size=page_size, num_scratch_pages=scratch)
 
     def drafter(self, page_size: int) -> HeadDrafter:
         assert self.head is not None
