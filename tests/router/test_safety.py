@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
 import time
 import urllib.request
@@ -190,14 +191,22 @@ def test_a_client_that_takes_nothing_is_shed(protocol: str) -> None:
                     with pytest.raises(grpc.aio.AioRpcError):
                         await rest(call)
             else:
-                reader, writer = await asyncio.open_connection("127.0.0.1", server.http_port, limit=1024)
-                body = json.dumps({"prompt": PROMPT, "max_tokens": 4000, "stream": True, "logprobs": 20}).encode()
-                head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+                narrow = socket.socket()
+                narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                narrow.connect(("127.0.0.1", server.http_port))
+                reader, writer = await asyncio.open_connection(sock=narrow, limit=1024)
+                # More than the kernel's own buffers take.
+                body = json.dumps({"prompt": PROMPT, "max_tokens": 40_000, "stream": True, "logprobs": 20}).encode()
+                head = (
+                    "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                    f"content-length: {len(body)}\r\n\r\n"
+                )
                 writer.write(head.encode() + body)
-                await reader.readline()
+                assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
                 await until(lambda: server.num_running == 1)
-                # The kernel's own buffers take what a toy says; nothing may be left behind in any case.
                 await until(lambda: server.num_running == 0)
+                with pytest.raises(ConnectionResetError):
+                    await reader.read()
                 writer.close()
             await made.is_clean()
 
