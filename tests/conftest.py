@@ -1,4 +1,4 @@
-"""Checkpoints that tests of every package may use, and the compilation that goes on beside them."""
+"""Checkpoints that tests of every package may use, and the commands that go on beside the tests."""
 
 from __future__ import annotations
 
@@ -7,33 +7,40 @@ from pathlib import Path
 
 import pytest
 
-from support.ahead_of_time import AheadOfTime
+from support.beside import Beside, Command, Ended
 
-_AHEAD = pytest.StashKey[AheadOfTime]()
+_BESIDE = pytest.StashKey[Beside]()
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of what is compiled ahead of time come last: minutes of compilation go on beside the others."""
-    items.sort(key=lambda item: "ahead_of_time" in getattr(item, "fixturenames", ()))
+def _command_of(item: pytest.Item) -> Command | None:
+    marker = item.get_closest_marker("beside")
+    return marker.args[0] if marker is not None else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that wait for a command come last: the command goes on beside the others."""
+    items.sort(key=lambda item: _command_of(item) is not None)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begins the compilation, where a test that was chosen needs it."""
-    last = session.items[-1:]
-    if last and "ahead_of_time" in getattr(last[0], "fixturenames", ()) and not session.config.option.collectonly:
-        session.config.stash[_AHEAD] = AheadOfTime()
+    """Begins the commands of the tests that were chosen."""
+    commands = [command for item in session.items if (command := _command_of(item)) is not None]
+    if commands and not session.config.option.collectonly:
+        session.config.stash[_BESIDE] = Beside(commands)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Ends it."""
-    if (ahead := session.config.stash.get(_AHEAD, None)) is not None:
-        ahead.close()
+    """Ends what is left of them."""
+    if (beside := session.config.stash.get(_BESIDE, None)) is not None:
+        beside.close()
 
 
-@pytest.fixture(scope="session")
-def ahead_of_time(pytestconfig: pytest.Config) -> AheadOfTime:
-    """Every kernel in every shipped configuration, compiled since the tests began."""
-    return pytestconfig.stash[_AHEAD]
+@pytest.fixture
+def ended(request: pytest.FixtureRequest) -> Ended:
+    """How the command of the test's mark `beside` ended."""
+    command = _command_of(request.node)
+    assert command is not None, "the test has no mark `beside`"
+    return request.config.stash[_BESIDE].wait(command.name)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -150,8 +150,8 @@ def router_under_load() -> Iterator[RouterUnderLoad]:
     try:
         yield RouterUnderLoad(*connections)
     finally:
-        for connection in connections:
+        # The router first: a replica that goes before it is a fault that it would tell.
+        for connection, process in reversed(list(zip(connections, processes, strict=True))):
             connection.close()
-        for process in processes:
             process.join(5)
             process.kill()
