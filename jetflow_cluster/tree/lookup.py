@@ -155,37 +155,48 @@ def mix_lookup(table: CandidateTable, match: ContextMatch) -> CandidateTable:
         table: of the head, for a greedy request.
         match: of the request's tokens.
     """
-    guesses = match.token_ids
+    guesses, weights = match.token_ids, _WEIGHTS[_row_of(match)]
     num_own, width = table.ids.shape
     num_depths = max(num_own, len(guesses))
     ids = np.zeros((num_depths, width), np.int64)
     scores = np.full((num_depths, width, width), MIN_SCORE, np.int32)
     ids[:num_own] = table.ids.numpy()
     scores[:num_own] = table.scores.numpy()
-    above = 0
-    for d, (guess, weight) in enumerate(zip(guesses, guess_weights(match), strict=True)):
-        row = scores[d, above]
-        if d >= num_own:
-            # Below the head's own depths there is the guess alone.
-            ids[d, 0], row[0], above = guess, _fixed(weight), 0
-            continue
-        places = np.flatnonzero(ids[d] == guess)
-        if len(places):
-            place = int(places[0])
-        else:
-            place = width - 1
-            if _fixed(weight) <= row[place]:
-                break
-            ids[d, place] = guess
-            scores[d, :, place] = MIN_SCORE
-            if d + 1 < num_own:
-                # What the head says behind a token that is none of its candidates: the mean of what it says at all.
-                scores[d + 1, place] = _fixed(np.exp(scores[d + 1] / SCORE_UNIT).mean(0))
-        shares = (1.0 - weight) * np.exp(row / SCORE_UNIT)
-        shares[place] += weight
-        row[:] = _fixed(shares)
-        above = place
+    places = _take_places(ids[:num_own], scores[:num_own], guesses, weights.fixed)
+    num_mixed = len(places)
+    if not num_mixed:
+        return table
+    depths, above = np.arange(num_mixed), [0, *places[:-1]]
+    weight = weights.shares[:num_mixed]
+    shares = (1.0 - weight)[:, None] * np.exp(scores[depths, above] / SCORE_UNIT)
+    shares[depths, places] += weight
+    scores[depths, above] = _fixed(shares)
+    if num_mixed == num_own < len(guesses):
+        # Below the head's own depths there is the guess alone.
+        ids[num_own:, 0] = guesses[num_own:]
+        scores[num_own, places[-1], 0] = weights.fixed[num_own]
+        scores[num_own + 1 :, 0, 0] = weights.fixed[num_own + 1 : num_depths]
     return CandidateTable(ids=torch.from_numpy(ids), scores=torch.from_numpy(scores))
+
+
+def _take_places(ids: np.ndarray, scores: np.ndarray, guesses: Sequence[int], fixed: np.ndarray) -> list[int]:
+    """Where each guess is among the candidates of its depth; one that is none of them takes the place of the worst, or
+    ends the list if it is worth less."""
+    places: list[int] = []
+    above, last = 0, ids.shape[1] - 1
+    candidates = ids.tolist()
+    for d, guess in enumerate(guesses[: len(candidates)]):
+        if guess in candidates[d]:
+            above = candidates[d].index(guess)
+        else:
+            if fixed[d] <= scores[d, above, last]:
+                break
+            ids[d, last], scores[d, :, last], above = guess, MIN_SCORE, last
+            if d + 1 < len(candidates):
+                # What the head says behind a token that is none of its candidates: the mean of what it says at all.
+                scores[d + 1, last] = _fixed(np.exp(scores[d + 1] / SCORE_UNIT).mean(0))
+        places.append(above)
+    return places
 
 
 def guess_of(match: ContextMatch, table: CandidateTable | None) -> ContextGuess:
@@ -201,17 +212,34 @@ def guess_of(match: ContextMatch, table: CandidateTable | None) -> ContextGuess:
 
 def lookup_table(match: ContextMatch) -> CandidateTable:
     """A match's guesses alone, each with its weight."""
-    scores = _fixed(np.array(guess_weights(match)))
-    return CandidateTable(ids=torch.tensor(match.token_ids)[:, None], scores=torch.from_numpy(scores)[:, None, None])
+    scores = torch.from_numpy(_WEIGHTS[_row_of(match)].fixed[: len(match.token_ids)].copy())
+    return CandidateTable(ids=torch.tensor(match.token_ids)[:, None], scores=scores[:, None, None])
 
 
 def guess_weights(match: ContextMatch) -> list[float]:
     """One per guess."""
-    row = LOOKUP_WEIGHTS[bisect_right(MATCH_BOUNDS, match.length) - 1]
-    return [row[min(d, len(row) - 1)] for d in range(len(match.token_ids))]
+    return list(_WEIGHTS[_row_of(match)].shares[: len(match.token_ids)].tolist())
+
+
+def _row_of(match: ContextMatch) -> int:
+    return bisect_right(MATCH_BOUNDS, match.length) - 1
 
 
 def _fixed(shares: np.ndarray | float) -> np.ndarray:
     """Probabilities to fixed-point scores, int32."""
     with np.errstate(divide="ignore"):
         return np.clip(np.rint(np.log(shares) * SCORE_UNIT), MIN_SCORE, 0).astype(np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Weights:
+    """A row of `LOOKUP_WEIGHTS` at every depth."""
+
+    shares: np.ndarray
+    fixed: np.ndarray
+
+
+_WEIGHTS = [
+    _Weights(shares=shares, fixed=_fixed(shares))
+    for shares in (np.array([row[min(d, len(row) - 1)] for d in range(MAX_LOOKUP_DEPTH)]) for row in LOOKUP_WEIGHTS)
+]
