@@ -20,9 +20,13 @@ class PageTable:
         Raises:
             OutOfPagesError: the pool cannot give the pages; nothing changed.
         """
-        missing = -(-num_tokens // self.page_size) - len(self.pages)
+        missing = self.num_missing(num_tokens)
         if missing > 0:
             self.pages += self._pool.allocate(missing)
+
+    def num_missing(self, num_tokens: int) -> int:
+        """Pages that `ensure` would take."""
+        return max(0, -(-num_tokens // self.page_size) - len(self.pages))
 
     def adopt(self, pages: list[int]) -> None:
         """Takes over references of shared prefix pages; the table must be empty."""

@@ -6,12 +6,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from jetflow_cluster.cache.page_pool import PagePool
 from jetflow_cluster.cache.prefix_cache import PrefixCache
-from jetflow_cluster.engine.batch import StepBatch, build_batch, wants_prompt_logprobs
+from jetflow_cluster.engine.batch import StepBatch, build_batch
 from jetflow_cluster.engine.counters import StepCounters
 from jetflow_cluster.engine.device_parts import acceptor_for, tree_builder_for
 from jetflow_cluster.engine.lookup import ContextLookup
@@ -19,18 +20,17 @@ from jetflow_cluster.engine.protocols import (
     Acceptor,
     Compute,
     Drafter,
-    ScheduledRequest,
     StepOutcome,
     StepPlan,
     StepRecord,
     TreeBuilder,
     TreeRecord,
 )
+from jetflow_cluster.engine.reported_logprobs import report_logprobs
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.engine.told_tree import told_tree
-from jetflow_cluster.layers.sampler import token_logprobs
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.draft_tree import DraftTree
@@ -76,10 +76,16 @@ class Engine:
         #: Told the name of each stage of a step as it begins, for tracing: schedule, draft, build, verify, accept,
         #: commit. A stage that only queues work on a device ends when it is queued.
         self.on_stage: Callable[[str], None] = lambda stage: None
+        #: Called in each step while its passes run; may add and abort requests.
+        self.while_computing: Callable[[], None] = lambda: None
         self.requests: dict[str, Request] = {}
         self.num_steps = self.num_finished = self.num_generated_tokens = 0
         self.counters = StepCounters()
         self._early: list[RequestDelta] = []
+        #: Those whose passes run.
+        self._in_flight: frozenset[str] = frozenset()
+        #: Tells the budget policy of the last step.
+        self._teach: Callable[[], None] = lambda: None
         self._draft_epoch = drafter.epoch if drafter is not None else 0
         model = target.model
         launch_tree_kernels(target.device, vocab_size=model.config.vocab_size, dtype=model.dtype)
@@ -105,12 +111,14 @@ class Engine:
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> RequestDelta | None:
-        """Ends a request at once and frees its pages; None when it is unknown or has ended."""
+        """Ends a request at once; None when it is unknown or has ended. Its pages are free at once too, or behind the
+        step that is computing it."""
         request = self.requests.get(request_id)
-        if request is None:
+        if request is None or request.has_ended:
             return None
         text = request.finish(FinishReason.ABORT)
-        self._drop(request)
+        if request_id not in self._in_flight:
+            self._drop(request)
         return self._delta(request, [], text, 0)
 
     @torch.inference_mode()
@@ -125,18 +133,32 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan.items:
             return deltas
+        self._in_flight = frozenset(item.request.request_id for item in plan.items)
         try:
-            outcome = self.compute(plan)
+            outcome = self.compute(plan, lambda: self._work_ahead(plan))
             deltas += self._commit(plan, outcome)
-            self._learn(plan, outcome, time.perf_counter() - began_s)
+            self.counters.count(plan, outcome.trees, outcome.paths)
+            self._teach = partial(
+                self.scheduler.budget.observe, plan, outcome.trees, outcome.paths, time.perf_counter() - began_s
+            )
         except Exception as error:
             _log.exception("step %d failed; its %d requests end", self.num_steps, len(plan.items))
             deltas += self._fail(plan, error)
+        finally:
+            self._in_flight = frozenset()
         self.num_steps += 1
         return deltas
 
-    def compute_eagerly(self, plan: StepPlan) -> StepOutcome:
-        """The passes of any step, one launch at a time."""
+    def _work_ahead(self, plan: StepPlan) -> None:
+        """What the host does while a device computes `plan`: whatever belongs to the last step or to the next and does
+        not depend on the outcome."""
+        teach, self._teach = self._teach, lambda: None
+        teach()
+        self.while_computing()
+        self.scheduler.prepare(plan)
+
+    def compute_eagerly(self, plan: StepPlan, meanwhile: Callable[[], None]) -> StepOutcome:
+        """The passes of any step, one launch at a time; see `Compute`."""
         self.on_stage("draft")
         tables = self._draft(plan)
         self.on_stage("build")
@@ -145,18 +167,15 @@ class Engine:
         batch = build_batch(plan, trees, self.target.page_size, self.target.device)
         self.on_stage("verify")
         verified = self._verify(plan, batch)
+        meanwhile()
         self.on_stage("accept")
         paths = self._accept(plan, trees, batch, verified)
         self.on_stage("commit")
         self._commit_kv(plan, paths)
         self._keep_fused(plan, batch, verified, paths)
         for i, (item, path) in enumerate(zip(plan.items, paths, strict=True)):
-            self._report_logprobs(i, item, batch, verified, path)
+            report_logprobs(i, item, batch, verified.logits, path)
         return StepOutcome(trees=trees, paths=paths)
-
-    def _learn(self, plan: StepPlan, outcome: StepOutcome, took_s: float) -> None:
-        self.counters.count(plan, outcome.trees, outcome.paths)
-        self.scheduler.budget.observe(plan, outcome.trees, outcome.paths, took_s)
 
     def pages_with_draft_context(self) -> list[int]:
         """Pages whose draft context somebody may still read: those of running requests, and cached ones."""
@@ -170,6 +189,7 @@ class Engine:
         self.num_steps = self.num_finished = self.num_generated_tokens = 0
         self.counters = StepCounters()
         self.scheduler.num_preemptions = 0
+        self._teach = lambda: None
 
     def stats(self) -> EngineStats:
         """Counters at this moment."""
@@ -240,6 +260,10 @@ class Engine:
         records: list[TreeRecord] = []
         for item, tree, path in zip(plan.items, outcome.trees, outcome.paths, strict=True):
             request = item.request
+            if request.has_ended:
+                # Aborted while this was computed.
+                self._drop(request)
+                continue
             if path is None:
                 request.num_computed += item.num_rows
                 self._share_pages(request)
@@ -307,26 +331,6 @@ class Engine:
             if part.shape[0]:
                 item.request.pending_fused.append(part)
 
-    def _report_logprobs(
-        self, index: int, item: ScheduledRequest, batch: StepBatch, verified: _Verified, path: AcceptedPath | None
-    ) -> None:
-        request, logits, first = item.request, verified.logits, batch.logits_starts[index]
-        if logits is None:
-            return
-        if wants_prompt_logprobs(item):
-            # Behind a preemption rows are computed again; what was reported stays.
-            offset = len(request.prompt_logprobs) - request.num_computed - 1
-            start, stop = request.num_computed + 1 + offset, request.num_computed + 1 + item.num_rows
-            stop = min(stop, len(request.prompt_token_ids))
-            if offset >= 0 and start < stop:
-                rows = logits[first + offset : first + offset + stop - start]
-                top = request.params.prompt_logprobs or 0
-                request.prompt_logprobs += token_logprobs(rows, request.prompt_token_ids[start:stop], top)
-        if path is not None and request.params.logprobs is not None:
-            last = (batch.logits_starts[index + 1 :] or [len(batch.logits_rows)])[0] - 1
-            rows_of = [first + node for node in path.nodes] if item.num_rows == 1 else [last]
-            request.logprobs += token_logprobs(logits[rows_of], path.token_ids, request.params.logprobs)
-
     def _share_pages(self, request: Request) -> None:
         """Tells the prefix cache of full committed pages, and of those whose draft context is now there."""
         if self.prefix_cache is None:
@@ -361,6 +365,9 @@ class Engine:
         for item in plan.items:
             request = item.request
             if request.request_id not in self.requests:
+                continue
+            if request.has_ended:
+                self._drop(request)
                 continue
             request.error = error
             text = request.finish(FinishReason.ERROR)

@@ -6,27 +6,25 @@ where there is none the same launches are executed instead of replayed.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from jetflow_cluster.engine.batch import wants_prompt_logprobs
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.engine import Engine
 from jetflow_cluster.engine.lookup import ContextLookup
-from jetflow_cluster.engine.protocols import BudgetPolicy, ScheduledRequest, StepOutcome, StepPlan
-from jetflow_cluster.engine.request import Request
-from jetflow_cluster.engine.static_parts import StaticPart, write_guesses
+from jetflow_cluster.engine.protocols import BudgetPolicy, Compute, ScheduledRequest, StepOutcome, StepPlan
+from jetflow_cluster.engine.static_inputs import StaticInputs
+from jetflow_cluster.engine.static_parts import StaticPart
 from jetflow_cluster.engine.static_step import TREE_COLUMNS, Bucket, StaticStep
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.layers.sampling_row import has_penalties
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.draft_tree import DraftTree
-from jetflow_cluster.tree.noise import as_signed
 
 #: Sizes of buckets; a batch takes the smallest that holds it.
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -70,6 +68,15 @@ class CudaGraphs:
         return graph.replay
 
 
+@dataclass(frozen=True)
+class _Recorded:
+    """The step of one bucket."""
+
+    step: StaticStep
+    inputs: StaticInputs
+    replay: Callable[[], None]
+
+
 class GraphRunner:
     """Static steps by bucket, and what the host does around them.
 
@@ -87,7 +94,7 @@ class GraphRunner:
         self,
         target: TargetRunner,
         drafter: HeadDrafter | None,
-        compute_eagerly: Callable[[StepPlan], StepOutcome],
+        compute_eagerly: Compute,
         *,
         max_len: int,
         recorder: Recorder,
@@ -103,19 +110,17 @@ class GraphRunner:
         self._budget, self._lookup = budget, lookup
         scratch_rows = max(NODES[-1], drafter.num_scratch_rows if drafter is not None else 1)
         self._num_pages = -(-(max_len + scratch_rows) // target.page_size)
-        self._steps: dict[Bucket, tuple[StaticStep, Callable[[], None]]] = {}
-        #: What the rows of each step's page table hold: request, life of its pages, and how many.
-        self._held: dict[Bucket, list[tuple[str, int, int]]] = {}
+        self._steps: dict[Bucket, _Recorded] = {}
 
-    def compute(self, plan: StepPlan) -> StepOutcome:
-        """One step; from a bucket where one serves it."""
+    def compute(self, plan: StepPlan, meanwhile: Callable[[], None]) -> StepOutcome:
+        """One step; from a bucket where one serves it. See `Compute`."""
         if not self.serves(plan):
-            return self._compute_eagerly(plan)
+            return self._compute_eagerly(plan, meanwhile)
         lookup = self._lookup()
         looks = lookup.look(plan) if lookup is not None and plan.speculates else [None] * len(plan.items)
         parts = [StaticPart(item, look) for item, look in zip(plan.items, looks, strict=True)]
         plan = self._budget().price_rows(plan, [part.source for part in parts])
-        return self._compute_static(plan, parts, self.bucket_for(plan, parts))
+        return self._compute_static(plan, parts, self.bucket_for(plan, parts), meanwhile)
 
     def serves(self, plan: StepPlan) -> bool:
         """False where a plan asks for what static steps do not do."""
@@ -154,29 +159,36 @@ class GraphRunner:
             has_price=nodes > 1 and plan.row_costs is not None,
         )
 
-    def _step(self, bucket: Bucket) -> tuple[StaticStep, Callable[[], None]]:
+    def _recorded(self, bucket: Bucket) -> _Recorded:
         found = self._steps.get(bucket)
         if found is None:
             step = StaticStep(bucket, self.target, self.drafter)
-            step.inputs.host["page_table"].fill_(self.target.scratch_slot // self.target.page_size)
+            inputs = StaticInputs(step, self.target.scratch_slot // self.target.page_size)
             step.inputs.upload()
-            found = self._steps[bucket] = (step, self._recorder.record(step.run))
-            self._held[bucket] = [("", 0, 0)] * bucket.num_requests
+            found = self._steps[bucket] = _Recorded(step, inputs, self._recorder.record(step.run))
         return found
 
-    def _compute_static(self, plan: StepPlan, parts: Sequence[StaticPart], bucket: Bucket) -> StepOutcome:
-        step, replay = self._step(bucket)
+    def _compute_static(
+        self, plan: StepPlan, parts: Sequence[StaticPart], bucket: Bucket, meanwhile: Callable[[], None]
+    ) -> StepOutcome:
+        recorded = self._recorded(bucket)
+        step = recorded.step
         self.on_stage("draft")
         if bucket.has_trees and self.drafter is not None:
             # Behind a prompt: what waits is projected now, and from here on the steps do it.
             self.drafter.absorb([item.request for item in plan.items if item.keeps_context])
-        self._write(step, plan, parts)
+        budget = min(bucket.num_rows, max(plan.tree_budget, len(parts)))
+        recorded.inputs.write(plan, parts, head_depth=self._head_depth(parts), budget=budget, maps=self._budget().maps)
         step.inputs.upload()
         self.on_stage("verify")
-        replay()
-        self.on_stage("accept")
-        # The step's one wait for the device.
-        step.outputs.download()
+        recorded.replay()
+        step.outputs.begin_download()
+        try:
+            meanwhile()
+        finally:
+            # The step's one wait for the device.
+            self.on_stage("accept")
+            step.outputs.wait()
         out = step.outputs.host
         lengths, nodes, tokens = (out[name].tolist() for name in ("lengths", "nodes", "token_ids"))
         paths: list[AcceptedPath | None] = []
@@ -197,67 +209,10 @@ class GraphRunner:
         elif step.fused is not None and not request.keep_context(1):
             request.pending_fused.append(step.fused[row : row + 1].clone())
 
-    def _write(self, step: StaticStep, plan: StepPlan, parts: Sequence[StaticPart]) -> None:
-        """The host's tensors of one batch; rows of requests that are not there stand for nobody."""
-        host, bucket, num = step.inputs.host, step.bucket, len(parts)
-        head_depth = self._head_depth(parts)
-        columns: dict[str, list[object]] = {name: [] for name in _COLUMNS}
-        for part in parts:
-            request, params = part.item.request, part.item.request.params
-            columns["anchor_ids"].append(request.token_ids[-1])
-            columns["context_lens"].append(request.num_computed)
-            depth = part.num_depths(head_depth)
-            columns["limits"].append((part.num_nodes, depth, part.width, part.item.bias))
-            columns["has_context"].append(int(part.item.keeps_context))
-            columns["numbers"].append((as_signed(request.seed), len(request.token_ids), params.top_k, 0, 0))
-            log_min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
-            columns["factors"].append((params.temperature, params.top_p, log_min_p, 1.0, 0.0, 0.0))
-        for name, values in columns.items():
-            host[name][:num] = torch.tensor(values, dtype=host[name].dtype)
-            host[name][num:] = 0
-        host["budget"][0] = min(bucket.num_rows, max(plan.tree_budget, num))
-        if bucket.has_lookup:
-            write_guesses(host, parts, head_depth)
-        if bucket.has_price:
-            self._write_price(host, plan)
-        self._write_pages(host["page_table"], [item.request for item in plan.items], bucket)
-
     def _head_depth(self, parts: Sequence[StaticPart]) -> int:
         """Guesses of the head that count, as deep as the deepest request wants them."""
         most = self.drafter.max_depth if self.drafter is not None else 0
         return min(most, max((part.item.head_depth for part in parts if part.asks_head), default=0))
-
-    def _write_price(self, host: Mapping[str, torch.Tensor], plan: StepPlan) -> None:
-        maps, costs = self._budget().maps, plan.row_costs
-        assert maps is not None
-        assert costs is not None
-        host["maps"].copy_(torch.from_numpy(maps))
-        kinds = [int(not item.request.params.is_greedy) for item in plan.items]
-        host["kinds"][: len(kinds)] = torch.tensor(kinds, dtype=torch.int32)
-        # No step of this batch has more rows than the list is long.
-        num = min(len(costs), len(host["row_costs"]))
-        host["row_costs"][:num] = torch.from_numpy(costs[:num].astype(np.int64))
-        host["row_costs"][num:] = int(costs[num - 1])
-
-    def _write_pages(self, table: torch.Tensor, requests: Sequence[Request], bucket: Bucket) -> None:
-        """Pages of a running request only grow, so of a row that held the same request the new ones are written."""
-        held, scratch = self._held[bucket], self.target.scratch_slot // self.target.page_size
-        for row in range(bucket.num_requests):
-            name, life, count = held[row]
-            pages: list[int] = []
-            if row < len(requests):
-                request = requests[row]
-                pages = request.pages.pages
-                if (name, life) != (request.request_id, request.num_preemptions) or count > len(pages):
-                    name, life = request.request_id, request.num_preemptions
-                    table[row, :count] = scratch
-                    count = 0
-            elif count:
-                table[row, :count] = scratch
-                name, count = "", 0
-            if len(pages) > count:
-                table[row, count : len(pages)] = torch.tensor(pages[count:], dtype=torch.int32)
-            held[row] = (name, life, len(pages))
 
 
 def serve_from_graphs(engine: Engine, *, max_len: int, recorder: Recorder) -> GraphRunner:
@@ -288,10 +243,6 @@ def serve_from_graphs(engine: Engine, *, max_len: int, recorder: Recorder) -> Gr
     runner.on_stage = lambda stage: engine.on_stage(stage)
     engine.compute = runner.compute
     return runner
-
-
-#: Inputs with an entry per request in every bucket, but for its pages.
-_COLUMNS = ("anchor_ids", "context_lens", "limits", "has_context", "numbers", "factors")
 
 
 def _trees(step: StaticStep, plan: StepPlan) -> list[DraftTree]:

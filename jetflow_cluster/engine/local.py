@@ -238,6 +238,7 @@ class AsyncLLM:
 
     def _loop(self) -> None:
         engine = self._llm.engine
+        engine.while_computing = self._obey_waiting
         while True:
             try:
                 command = self._inbox.get(block=not engine.has_work)
@@ -248,6 +249,15 @@ class AsyncLLM:
                 break
             command()
         self._end_all(RuntimeError("the engine was shut down"))
+
+    def _obey_waiting(self) -> None:
+        """Runs what came in while a step is computed; the end of all waits for the end of the step."""
+        for _ in range(self._inbox.qsize()):
+            command = self._inbox.get()
+            if command is None:
+                self._inbox.put(None)
+                return
+            command()
 
     def _add(self, request: Request) -> None:
         try:

@@ -111,8 +111,9 @@ class StepOutcome:
     paths: Sequence[AcceptedPath | None]
 
 
-#: Drafts, builds, verifies, accepts, and moves K and V. The host learns of nothing but the outcome.
-Compute = Callable[[StepPlan], StepOutcome]
+#: Drafts, builds, verifies, accepts, and moves K and V. The host learns of nothing but the outcome. The second argument
+#: is called once, behind everything that can be queued without the outcome, and before that is waited for.
+Compute = Callable[[StepPlan, Callable[[], None]], StepOutcome]
 
 
 @dataclass(frozen=True, kw_only=True)

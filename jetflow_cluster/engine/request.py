@@ -102,6 +102,11 @@ class Request:
             self.prompt_logprobs = [None]
 
     @property
+    def has_ended(self) -> bool:
+        """True once it has a finish reason, whether its pages are free already or not."""
+        return self.finish_reason is not None
+
+    @property
     def num_output(self) -> int:
         """Output tokens so far, prior ones included."""
         return len(self.token_ids) - len(self.prompt_token_ids)

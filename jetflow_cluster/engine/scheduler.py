@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from jetflow_cluster.cache.page_pool import OutOfPagesError, PagePool
 from jetflow_cluster.cache.prefix_cache import PrefixCache
@@ -16,6 +17,24 @@ from jetflow_cluster.config import DEFAULT_MAX_TREE_NODES
 from jetflow_cluster.engine.protocols import Allowance, BudgetPolicy, DecodeLoad, ScheduledRequest, StepPlan
 from jetflow_cluster.engine.request import Request, RequestStatus
 from jetflow_cluster.types import SpeculationMode
+
+#: Requests at the head of the queue whose prefixes are hashed ahead.
+_NUM_READ_AHEAD = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ahead:
+    """Decodes of the next step, by arrival, decided on before the outcome of the present one is known."""
+
+    budget: BudgetPolicy
+    allowances: Mapping[int, Allowance]
+    #: Of requests that hold pages for whatever the outcome may be.
+    items: Mapping[int, ScheduledRequest]
+
+    def serves(self, decoding: Sequence[Request], budget: BudgetPolicy, fair_nodes: int) -> bool:
+        """Whether it holds for the requests that decode in fact, of whom each may use so many rows."""
+        known = [self.allowances.get(request.arrival) for request in decoding]
+        return self.budget is budget and all(one is not None and one.budget_share <= fair_nodes for one in known)
 
 
 class Scheduler:
@@ -46,6 +65,7 @@ class Scheduler:
         self.max_draft_depth = max_draft_depth
         self._num_scratch_rows = num_scratch_rows
         self._needs_draft_context = needs_draft_context
+        self._ahead: _Ahead | None = None
 
     def add(self, request: Request) -> None:
         """Appends to the waiting queue."""
@@ -55,11 +75,18 @@ class Scheduler:
         """Rows of the next step. Pages for every row of the plan are allocated."""
         items: dict[int, ScheduledRequest] = {}
         decoding = [r for r in self.running if r.num_remaining_rows == 1]
-        fair_nodes = self._fair_share(decoding)
-        allowances = self._allowances(decoding, fair_nodes)
+        fair_nodes = self._fair_share(len(decoding), has_prompts=len(decoding) < len(self.running))
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or not ahead.serves(decoding, self.budget, fair_nodes):
+            ahead = _Ahead(budget=self.budget, allowances=self._allowances(decoding, fair_nodes), items={})
         for request in decoding:
-            if request.status is RequestStatus.RUNNING:
-                self._schedule_decode(request, allowances[request.arrival], items)
+            if request.status is not RequestStatus.RUNNING:
+                continue
+            item = ahead.items.get(request.arrival)
+            if item is not None and item.max_depth < request.room:
+                items[request.arrival] = item
+            else:
+                self._schedule_decode(request, ahead.allowances[request.arrival], items)
         rows_left = self._max_rows - sum(item.budget_share for item in items.values())
         for request in [r for r in self.running if r.num_remaining_rows > 1]:
             if rows_left > 0 and request.status is RequestStatus.RUNNING:
@@ -72,6 +99,39 @@ class Scheduler:
         ordered = sorted(items.values(), key=lambda item: item.request.arrival)
         return StepPlan(items=tuple(ordered), tree_budget=sum(i.budget_share for i in ordered))
 
+    def prepare(self, plan: StepPlan) -> None:
+        """Decides on the decodes of the step behind `plan`, whose outcome is not known yet, as far as that can be.
+
+        Who ends, comes or goes in between is for `schedule` to see, which asks the policy anew where what was decided
+        does not hold. Nobody is preempted, and no page is taken that others may need at once.
+        """
+        self._ahead = None
+        for request in list(self.waiting)[:_NUM_READ_AHEAD]:
+            if self.prefix_cache is not None:
+                request.keys.extend(request.token_ids)
+        present = {item.request.arrival: item for item in plan.items}
+        if any(item.num_rows > 1 for item in plan.items) or any(r.arrival not in present for r in self.running):
+            # Behind a prompt's end nothing is known of its draft context.
+            return
+        # Every step gives a token, so who has room for one ends.
+        staying = [item.request for item in plan.items if item.request.room > 1 and not item.request.has_ended]
+        fair_nodes = self._fair_share(len(staying), has_prompts=False)
+        allowances = self._allowances(staying, fair_nodes)
+        items: dict[int, ScheduledRequest] = {}
+        wanted: list[tuple[Request, int]] = []
+        for request in staying:
+            item = items[request.arrival] = self._decode(request, allowances[request.arrival])
+            longest = min(request.num_computed + 1 + present[request.arrival].max_depth, request.max_len)
+            wanted.append((request, longest + self._num_rows_written(item)))
+        missing = sum(request.pages.num_missing(num_tokens) for request, num_tokens in wanted)
+        # As for newcomers, one page of slack for each running request.
+        has_pages = missing + len(self.running) <= self.pool.num_available
+        if has_pages:
+            for request, num_tokens in wanted:
+                request.pages.ensure(num_tokens)
+        items = items if has_pages else {}
+        self._ahead = _Ahead(budget=self.budget, allowances=allowances, items=items)
+
     def finish(self, request: Request) -> None:
         """Takes a request out, whatever its state, and gives its pages back."""
         if request.status is RequestStatus.RUNNING:
@@ -81,11 +141,11 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         self._release(request)
 
-    def _fair_share(self, decoding: Sequence[Request]) -> int:
-        """Rows that one decoding request may use, so that all fit and no prompt is starved."""
-        has_prompts = bool(self.waiting) or len(decoding) < len(self.running)
-        share = self._max_rows // 2 if has_prompts else self._max_rows
-        return max(1, share // max(1, len(decoding)))
+    def _fair_share(self, num_decoding: int, *, has_prompts: bool) -> int:
+        """Rows that one decoding request may use, so that all fit and no prompt, those that wait included, is
+        starved."""
+        share = self._max_rows // 2 if has_prompts or self.waiting else self._max_rows
+        return max(1, share // max(1, num_decoding))
 
     def _allowances(self, decoding: Sequence[Request], fair_nodes: int) -> dict[int, Allowance]:
         """What each decoding request may spend, by its arrival: the policy's choice, or what the request demands."""
@@ -113,23 +173,26 @@ class Scheduler:
         return found
 
     def _schedule_decode(self, request: Request, allowance: Allowance, items: dict[int, ScheduledRequest]) -> None:
+        item = self._decode(request, allowance)
+        if item.max_tree_nodes > 1:
+            try:
+                request.pages.ensure(request.num_computed + self._num_rows_written(item))
+            except OutOfPagesError:
+                item = replace(item, max_tree_nodes=1, budget_share=1, max_depth=0)
+        if item.max_tree_nodes == 1 and not self._ensure_or_preempt(request, request.num_computed + 1, items):
+            return
+        items[request.arrival] = item
+
+    def _decode(self, request: Request, allowance: Allowance) -> ScheduledRequest:
+        """A decoding request's part of a step, where it gets the pages for it."""
         limits = request.params.speculation
         depths = (self.max_draft_depth, request.room - 1, limits.max_depth, allowance.max_depth)
         depth = min(d for d in depths if d is not None)
         most = limits.max_tree_nodes or allowance.max_tree_nodes
         nodes, share = min(allowance.max_tree_nodes, most), min(allowance.budget_share, most)
-        if depth < 1:
-            nodes = share = 1
-        if nodes > 1:
-            try:
-                request.pages.ensure(request.num_computed + max(nodes, self._num_scratch_rows))
-            except OutOfPagesError:
-                nodes = share = 1
-        if nodes == 1:
-            depth = 0
-            if not self._ensure_or_preempt(request, request.num_computed + 1, items):
-                return
-        items[request.arrival] = ScheduledRequest(
+        if depth < 1 or nodes == 1:
+            depth, nodes, share = 0, 1, 1
+        return ScheduledRequest(
             request=request,
             num_rows=1,
             is_last=True,
@@ -143,6 +206,10 @@ class Scheduler:
             keeps_context=self._needs_draft_context and allowance.keeps_context,
             bias=allowance.bias,
         )
+
+    def _num_rows_written(self, item: ScheduledRequest) -> int:
+        """Rows behind the context that a decode writes, those of the draft head's block included."""
+        return max(item.max_tree_nodes, self._num_scratch_rows) if item.max_tree_nodes > 1 else 1
 
     def _keeps_context(self, request: Request) -> bool:
         """Whether the draft context of a prompt goes on."""

@@ -25,6 +25,7 @@ class Staging:
             size += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._arrived = torch.cuda.Event() if device.type == "cuda" else None
         #: Tensors on the host.
         self.host = {name: _view(self._host, starts[name], *field) for name, field in fields.items()}
         #: Tensors on the device.
@@ -39,11 +40,17 @@ class Staging:
         """Queues the copy to the device; the host's tensors may be written again once it is done."""
         self._device.copy_(self._host, non_blocking=True)
 
-    def download(self) -> None:
-        """Copies from the device and waits for it, and so for all that was queued before."""
+    def begin_download(self) -> None:
+        """Queues the copy from the device."""
         self._host.copy_(self._device, non_blocking=True)
-        if self._device.is_cuda:
-            torch.cuda.current_stream(self._device.device).synchronize()
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(self._device.device))
+
+    def wait(self) -> None:
+        """Until the last copy from the device, and so all that was queued before it, is done; what was queued behind it
+        is not waited for."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
 
 
 def _view(buffer: torch.Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from jetflow_cluster.engine.lookup import Look
 from jetflow_cluster.engine.protocols import ScheduledRequest, Source
@@ -18,6 +18,11 @@ class StaticPart:
 
     item: ScheduledRequest
     look: Look | None
+
+    @property
+    def context_len(self) -> int:
+        """Tokens before the anchor."""
+        return self.item.request.num_computed + self.item.num_rows - 1
 
     @property
     def is_alone(self) -> bool:
@@ -58,14 +63,17 @@ class StaticPart:
         return min(self.item.max_depth, max(head_depth if self.asks_head else 0, len(self.guesses)))
 
 
-def write_guesses(host: Mapping[str, torch.Tensor], parts: Sequence[StaticPart], head_depth: int) -> None:
+def write_guesses(host: Mapping[str, np.ndarray], parts: Sequence[StaticPart], head_depth: int) -> None:
     """The inputs of a step that `mix_on_device` takes, of which the head's first `head_depth` depths count."""
-    host["num_guesses"].zero_()
-    host["num_own"].zero_()
-    for i, part in enumerate(parts):
-        num = len(part.guesses)
-        host["num_own"][i] = head_depth if part.asks_head else 0
-        host["num_guesses"][i] = num
-        if num and part.look is not None:
-            host["guess_ids"][i, :num] = torch.tensor(part.guesses)
-            host["guess_weights"][i, :num] = torch.tensor(guess_weights(part.look.match), dtype=torch.float64)
+    num = len(parts)
+    guesses = [part.guesses for part in parts]
+    for name, values in (
+        ("num_own", [head_depth * part.asks_head for part in parts]),
+        ("num_guesses", map(len, guesses)),
+    ):
+        host[name][:num] = list(values)
+        host[name][num:] = 0
+    for i, (part, tokens) in enumerate(zip(parts, guesses, strict=True)):
+        if tokens and part.look is not None:
+            host["guess_ids"][i, : len(tokens)] = tokens
+            host["guess_weights"][i, : len(tokens)] = guess_weights(part.look.match)

@@ -27,7 +27,8 @@ def test_what_is_written_on_one_side_is_read_on_the_other() -> None:
     for i, view in enumerate(views.values()):
         assert (view == i + 1).all()
     views["table"].fill_(9)
-    staging.download()
+    staging.begin_download()
+    staging.wait()
     assert (staging.host["table"] == 9).all()
     assert (staging.host["factors"] == 4).all()
     assert staging.num_bytes >= sum(v.numel() * v.element_size() for v in views.values())

@@ -103,8 +103,8 @@ def test_trees_come_with_every_step_whether_somebody_wants_them_or_not(static: L
     sizes: list[int] = []
     compute = static.engine.compute
 
-    def watch(plan: Any) -> Any:
-        outcome = compute(plan)
+    def watch(*args: Any) -> Any:
+        outcome = compute(*args)
         sizes.extend(len(tree.parents) for tree in outcome.trees)
         return outcome
 

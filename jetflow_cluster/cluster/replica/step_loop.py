@@ -34,8 +34,8 @@ Sink = Callable[[LoopReport], None]
 class StepLoop:
     """Steps an engine in a thread of its own while there is work, and sleeps while there is none.
 
-    Commands may come from any thread; they take effect between two steps, in their order. Nothing else may touch the
-    engine between `start` and the end of `stop`.
+    Commands may come from any thread; they take effect between two steps or while one is computed, in their order.
+    Nothing else may touch the engine between `start` and the end of `stop`.
 
     A step that fails ends its own requests, as `Engine.step` says. The loop fails as a whole when an exception comes
     out of the step, or when too many steps fail in a row: then every request ends with reason ``error``, and so does
@@ -79,6 +79,7 @@ class StepLoop:
     def start(self) -> None:
         """Begins to step."""
         self._engine.on_stage = self._stages.begin
+        self._engine.while_computing = self._obey_waiting
         self._thread.start()
 
     def submit(self, request: Request, *, owner: str, arrived_s: float | None = None, traceparent: str = "") -> Ticket:
@@ -169,8 +170,14 @@ class StepLoop:
 
     def _obey(self) -> None:
         """Runs the commands that are there; waits for one when there are none."""
-        commands = [self._inbox.get()]
-        commands += [self._inbox.get() for _ in range(self._inbox.qsize())]
+        self._run_commands([self._inbox.get(), *(self._inbox.get() for _ in range(self._inbox.qsize()))])
+
+    def _obey_waiting(self) -> None:
+        """Runs the commands that are there."""
+        if num := self._inbox.qsize():
+            self._run_commands([self._inbox.get() for _ in range(num)])
+
+    def _run_commands(self, commands: Iterable[Callable[[], None]]) -> None:
         for command in commands:
             try:
                 command()
