@@ -104,7 +104,8 @@ class Router:
         )
         self._server: RouterServer | None = None
         self._starting = asyncio.Lock()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._reporter: asyncio.Task[None] | None = None
+        self._follower: asyncio.Task[None] | None = None
 
     async def check_health(self) -> None:
         """Starts the server at the first call, on Serve's event loop."""
@@ -127,10 +128,8 @@ class Router:
         # What is there now stays: the collector need not look at it again and hold streams up.
         gc.collect()
         gc.freeze()
-        self._tasks = [
-            asyncio.create_task(_report(self._directory, "router", self._id, address, self._about)),
-            asyncio.create_task(self._follow()),
-        ]
+        self._reporter = asyncio.create_task(_report(self._directory, "router", self._id, address, self._about))
+        self._follower = asyncio.create_task(self._follow())
 
     async def address(self) -> str:
         """Where it listens."""
@@ -193,12 +192,15 @@ class Router:
                 self._server.set_peers(members.routers)
 
     async def __del__(self) -> None:
+        if self._reporter is not None:
+            self._reporter.cancel()
         await _leave(self._directory, "router", self._id)
-        for task in self._tasks:
-            task.cancel()
         if self._server is not None:
+            # Its streams may have to go on elsewhere meanwhile, so it still follows who is there.
             await self._server.hand_over()
             await self._server.stop()
+        if self._follower is not None:
+            self._follower.cancel()
 
 
 def build_app(args: Mapping[str, Any] | ClusterConfig | None = None) -> Application:

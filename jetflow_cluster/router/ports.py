@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import socket
+import struct
+import sys
+
+_log = logging.getLogger(__name__)
+#: Linux's number of the option; the socket module has no name for it.
+_SO_ATTACH_REUSEPORT_CBPF = 51
+#: A program of one instruction, ``return``, whose operand is a place in the order in which a port's listeners came.
+_RETURN, _SECOND = 0x06, 1
 
 
 def is_free(host: str, port: int) -> bool:
@@ -16,3 +26,19 @@ def is_free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def prefer_younger(listener: socket.socket) -> None:
+    """New connections to the port go to the listener that came second, if there is one, and no more to this, the first.
+
+    Without it the kernel spreads them by a hash, and closing a listener resets those that it holds and nobody has
+    accepted. Does nothing where the kernel is not Linux, or refuses.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    code = ctypes.create_string_buffer(struct.pack("HBBI", _RETURN, 0, 0, _SECOND))
+    try:
+        program = struct.pack("HP", 1, ctypes.addressof(code))
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, program)
+    except OSError as error:
+        _log.info("connections cannot be steered to the next router: %s", error)

@@ -151,24 +151,29 @@ class RouterServer:
         return True
 
     async def hand_over(self, timeout_s: float | None = None) -> bool:
-        """Closes the ports, has clients connect anew, and waits for what runs; True when nothing is left.
+        """Leaves the ports to another router, has clients connect anew, and waits for what runs; True if all ended.
 
-        Where another router listens on the port, no call is refused; but gRPC may end one that crosses the end of its
-        connection with CANCELLED, before it is served.
+        Where another router listens on the ports, no call is refused and no stream cut, but those that take longer than
+        `timeout_s`, whose clients get UNAVAILABLE. gRPC may end a call that crosses the end of its connection with
+        CANCELLED, before it is served.
 
         Args:
             timeout_s: seconds to wait; None is `config.drain_timeout_s`.
         """
         limit_s = self.config.drain_timeout_s if timeout_s is None else timeout_s
         self._health.close()
-        stops = [server.stop(limit_s) for server in (self._server, self._gateway) if server is not None]
-        stops += [self._http.stop(limit_s)] if self._http is not None else []
-        closing = asyncio.gather(*stops)
+        # Connections outlast what is said on them in the end.
+        ends_s = limit_s + _STOP_GRACE_S
+        leaving = [server.stop(ends_s) for server in (self._server, self._gateway) if server is not None]
+        leaving += [self._http.hand_over(ends_s)] if self._http is not None else []
+        left = asyncio.gather(*leaving)
         try:
             async with asyncio.timeout(limit_s):
+                await asyncio.shield(left)
                 await self._servicer.wait_idle()
-                await asyncio.shield(closing)
         except TimeoutError:
+            self._end_all()
+            await left
             return False
         return True
 
@@ -177,11 +182,10 @@ class RouterServer:
 
         Clients of what still runs get UNAVAILABLE, on which they go on elsewhere.
         """
-        self._servicer.is_draining = True
         if self._teller is not None:
             self._teller.cancel()
         self._health.close()
-        self._dispatcher.end_all(StatusError.unavailable("this server stops", retry_after_s=0.1))
+        self._end_all()
         server, self._server = self._server, None
         http, self._http = self._http, None
         if http is not None:
@@ -195,6 +199,10 @@ class RouterServer:
         await self._peers.close()
         if self._codec is not None:
             self._codec.close()
+
+    def _end_all(self) -> None:
+        self._servicer.is_draining = True
+        self._dispatcher.end_all(StatusError.unavailable("this server stops", retry_after_s=0.1))
 
     async def _tell(self) -> None:
         gauge, dispatcher = self._dispatcher.metrics.set, self._dispatcher

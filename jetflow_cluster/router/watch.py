@@ -19,6 +19,7 @@ from jetflow_cluster.types import InvalidRequestError
 
 _log = logging.getLogger("jetflow_cluster.requests")
 _REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length", pb.FINISH_REASON_ABORT: "abort"}
+_NO_REASON = "unspecified"
 
 Emit = Callable[[pb.GenerateEvent], Awaitable[Any]]
 
@@ -45,14 +46,15 @@ class RequestWatch:
 
     async def __call__(self, event: pb.GenerateEvent) -> None:
         """Passes an event on, and counts it."""
-        await self._emit(event)
         kind = event.WhichOneof("event")
+        if kind == "finished":
+            # Who has it may hang up before this server learns that it was taken.
+            self._finished = event.finished
+        await self._emit(event)
         if kind == "delta" and event.delta.token_ids:
             self._note_delta(len(event.delta.token_ids))
         elif kind == "started":
             self._replica_id = event.started.replica_id
-        elif kind == "finished":
-            self._finished = event.finished
 
     def end(self, error: BaseException | None, *, request_id: str, num_resumes: int) -> None:
         """Tells how it ended: with `Finished`, or with an error."""
@@ -74,7 +76,7 @@ class RequestWatch:
         _log.info("request %s: %s", request_id, outcome, extra=told)
         for name, value in told.items():
             self._span.set_attribute(f"jetflow.{name}", value)
-        if error is not None:
+        if outcome not in (*_REASONS.values(), _NO_REASON):
             self._span.set_status(StatusCode.ERROR, outcome)
         self._span.end()
 
@@ -90,8 +92,8 @@ class RequestWatch:
         self._metrics.add(m.GENERATION_TOKENS, num_tokens)
 
     def _outcome(self, error: BaseException | None) -> str:
-        if error is None and self._finished is not None:
-            reason = _REASONS.get(self._finished.finish_reason, "unspecified")
+        if self._finished is not None and (error is None or isinstance(error, asyncio.CancelledError)):
+            reason = _REASONS.get(self._finished.finish_reason, _NO_REASON)
             self._metrics.add(m.REQUEST_SUCCESS, finished_reason=reason)
             if reason == "abort":
                 self._metrics.add(m.REQUEST_CANCELS, cause="abort")

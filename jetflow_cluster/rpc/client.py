@@ -20,7 +20,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jetflow_cluster.rpc import checks
-from jetflow_cluster.rpc.errors import DOMAIN, error_from_rpc
+from jetflow_cluster.rpc.errors import DOMAIN, StatusError, error_from_rpc
 from jetflow_cluster.rpc.generation import Generation, Prompt, refuse_trees, request_to_proto, set_input
 from jetflow_cluster.rpc.options import CHANNEL_OPTIONS
 from jetflow_cluster.rpc.retry import Attempts, RetryPolicy, Servers
@@ -60,10 +60,13 @@ class _Channels:
         self._api, self._credentials = api, credentials
         self._open: dict[str, Any] = {}
         self._lock = threading.Lock()
+        self._is_closed = False
 
     def get(self, address: str) -> Any:
-        """The channel to an address."""
+        """The channel to an address. Raises StatusError (CANCELLED) behind `close`."""
         with self._lock:
+            if self._is_closed:
+                raise StatusError.cancelled("the client is closed")
             if address not in self._open:
                 self._open[address] = (
                     self._api.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -72,10 +75,12 @@ class _Channels:
                 )
             return self._open[address]
 
-    def drain(self) -> list[Any]:
-        """The open channels, which are the caller's to close."""
-        channels = list(self._open.values())
-        self._open.clear()
+    def close(self) -> list[Any]:
+        """Opens none any more; returns those that are open, which are the caller's to close."""
+        with self._lock:
+            self._is_closed = True
+            channels = list(self._open.values())
+            self._open.clear()
         return channels
 
 
@@ -159,8 +164,8 @@ class JetFlowClient(_ClientBase):
         self.close()
 
     def close(self) -> None:
-        """Closes the connections; streams that still run end."""
-        for channel in self._channels.drain():
+        """Closes the connections for good; streams that still run end with CANCELLED."""
+        for channel in self._channels.close():
             channel.close()
 
     def generate(
@@ -252,8 +257,8 @@ class AsyncJetFlowClient(_ClientBase):
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connections; streams that still run end."""
-        for channel in self._channels.drain():
+        """Closes the connections for good; streams that still run end with CANCELLED."""
+        for channel in self._channels.close():
             await channel.close()
 
     async def generate(

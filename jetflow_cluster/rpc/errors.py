@@ -19,6 +19,8 @@ from jetflow_cluster.types import InvalidRequestError
 
 #: Domain of every `ErrorInfo`.
 DOMAIN = "jetflow.inference.v1"
+#: `ErrorInfo.reason` of CANCELLED by a server's own word.
+REQUEST_ABORTED = "REQUEST_ABORTED"
 #: `ErrorInfo.reason` of ABORTED, and the key of its metadata that holds the last offset.
 STREAM_LOST = "STREAM_LOST"
 LAST_OFFSET = "last_offset"
@@ -146,8 +148,9 @@ class StatusError(RuntimeError):
 
     @classmethod
     def cancelled(cls, message: str) -> StatusError:
-        """The caller, or someone on its behalf, ended the call."""
-        return cls(grpc.StatusCode.CANCELLED, message)
+        """The caller, or someone on its behalf, ended the request."""
+        info = error_details_pb2.ErrorInfo(reason=REQUEST_ABORTED, domain=DOMAIN)
+        return cls(grpc.StatusCode.CANCELLED, message, [info])
 
     @classmethod
     def data_loss(cls, message: str) -> StatusError:
@@ -175,6 +178,15 @@ class StatusError(RuntimeError):
             if isinstance(detail, error_details_pb2.ErrorInfo) and LAST_OFFSET in detail.metadata:
                 return int(detail.metadata[LAST_OFFSET])
         return None
+
+    @property
+    def is_lost_connection(self) -> bool:
+        """CANCELLED without a server's word for it: to a caller that did not cancel, its connection was lost.
+
+        So ends, for one, a call that crosses the end of a connection whose router leaves.
+        """
+        is_told = any(isinstance(d, error_details_pb2.ErrorInfo) and d.reason == REQUEST_ABORTED for d in self.details)
+        return self.code is grpc.StatusCode.CANCELLED and not is_told
 
     def to_proto(self) -> status_pb2.Status:
         """The status with its details, as it travels."""

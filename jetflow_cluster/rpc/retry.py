@@ -12,8 +12,8 @@ import grpc
 
 from jetflow_cluster.rpc.errors import InvalidFieldsError, StatusError
 
-#: A call that ended with one of these is sent again; so is, with what it delivered, a stream. A server that is killed
-#: or stopped ends its calls with UNAVAILABLE.
+#: A call that ended with one of these, or with its connection, is sent again; so is, with what it delivered, a stream.
+#: A server that is killed or stopped ends its calls with UNAVAILABLE.
 RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED})
 # A pause that the server asked for is never shortened; the others are, so that clients do not come back together.
 _SHORTEST, _LONGEST_ASKED = 0.5, 1.25
@@ -119,7 +119,8 @@ class Attempts:
         self._num_failures = 0
 
     def pause_s(self, error: StatusError | InvalidFieldsError) -> float:
-        """Seconds to wait before the next call, which goes to `address`; the present one ended with `error`.
+        """Seconds to wait before the next call, which goes to `address`; the present one ended with `error`, and not
+        because the caller cancelled it.
 
         Raises:
             StatusError: `error`, when there is to be no further call.
@@ -137,7 +138,8 @@ class Attempts:
         else:
             may_go_on = self._num_failures <= self._policy.max_retries
         is_in_time = self._deadline is None or now + pause_s < self._deadline
-        if error.code not in RETRIED or not may_go_on or not is_in_time:
+        is_passing = error.code in RETRIED or error.is_lost_connection
+        if not is_passing or not may_go_on or not is_in_time:
             raise error
         self._servers.failed(self.address)
         self.address = self._servers.choose()

@@ -99,11 +99,12 @@ class GenerationStream(_StreamBase, Iterator[RequestDelta]):
 
     def cancel(self) -> None:
         """Ends the request; harmless behind its end."""
+        # Known to be wished before the call says so, which is otherwise taken for a lost connection.
+        if not self._generation.has_ended:
+            self._generation.cancel()
         self._cancelled.set()
         if self._call is not None:
             self._call.cancel()
-        if not self._generation.has_ended:
-            self._generation.cancel()
 
     def _run(self) -> Generator[RequestDelta, None, None]:
         error: StatusError | InvalidFieldsError
@@ -160,11 +161,12 @@ class AsyncGenerationStream(_StreamBase, AsyncIterator[RequestDelta]):
 
     def cancel(self) -> None:
         """Ends the request; harmless behind its end."""
+        # Known to be wished before the call says so, which is otherwise taken for a lost connection.
+        if not self._generation.has_ended:
+            self._generation.cancel()
         self._cancelled.set()
         if self._call is not None:
             self._call.cancel()
-        if not self._generation.has_ended:
-            self._generation.cancel()
 
     async def _run(self) -> AsyncGenerator[RequestDelta, None]:
         error: StatusError | InvalidFieldsError
@@ -193,8 +195,8 @@ class AsyncGenerationStream(_StreamBase, AsyncIterator[RequestDelta]):
                         await asyncio.wait_for(anext(events, None), _STATUS_S)
                     return
         except asyncio.CancelledError:
-            # The call says so too when it was `cancel` that ended it; the task itself goes on then.
-            if not self._cancelled.is_set() or _is_task_cancelled():
+            # The call says so too when it was `cancel` that ended it, or the client's `close`; the task itself goes on.
+            if _is_task_cancelled():
                 raise
         finally:
             call.cancel()

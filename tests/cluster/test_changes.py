@@ -1,58 +1,106 @@
-"""An operator changes things under load: no token is lost and no request fails."""
+"""An operator changes things under 32 streams: no token is wrong, missing or repeated, and no request fails."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import ray
+from openai import OpenAI
 from ray import serve
 from ray.cluster_utils import Cluster
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 
-from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
 from jetflow_cluster.cluster.app import build_app
-from jetflow_cluster.cluster.launch import RAY_ENVIRONMENT
 from jetflow_cluster.rpc.client import JetFlowClient
-from support.small_models import write_head, write_target
+from support.served import (
+    APP,
+    PROMPTS,
+    Load,
+    Stream,
+    local_nodes,
+    local_tokens,
+    overview,
+    params,
+    replicas,
+    settings,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-NUM_STREAMS, NUM_TOKENS = 32, 120
-PROMPTS = [[i + 1, 2 * i + 5, 7, 40 + i] * (1 + i % 5) for i in range(NUM_STREAMS)]
+NUM_TOKENS, NUM_LONG_TOKENS, NUM_SHORT_TOKENS = 120, 600, 24
 
 
-def params(i: int) -> SamplingParams:
-    mode = ("auto", "force", "off")[i % 3]
-    return SamplingParams(
-        max_tokens=NUM_TOKENS,
-        seed=i,
-        temperature=0.9 if i % 2 else 0.0,
-        ignore_eos=True,
-        speculation=SpeculationOptions(mode=mode, max_tree_nodes=8 if mode == "force" else None),
-    )
+@pytest.fixture(scope="module")
+def expected(checkpoints: tuple[str, str]) -> list[list[int]]:
+    return local_tokens(checkpoints, NUM_LONG_TOKENS)
 
 
-class Load:
-    """Streams that follow each other as fast as they are served, each compared with what it has to be."""
+@pytest.fixture
+def nodes() -> Iterator[Cluster]:
+    with local_nodes([2, 2, 2], ["127.0.0.2", "127.0.0.3"]) as found:
+        yield found
 
-    def __init__(self, addresses: list[str], expected: list[list[int]], num_streams: int = NUM_STREAMS):
+
+def deploy(checkpoints: tuple[str, str], **config: Any) -> list[str]:
+    """Deploys, and waits until all is there; returns the routers' addresses."""
+    given = settings(checkpoints, **{"drain_timeout_s": 20.0} | config)
+    serve.run(build_app(given), name=APP, route_prefix=None)
+    return ready(config["num_replicas"], config.get("num_routers", 1))
+
+
+def deploy_file(checkpoints: tuple[str, str], num_replicas: int, **config: Any) -> None:
+    """As ``serve deploy`` does with a file that says how many replicas there are beside the application's arguments."""
+    application = {
+        "name": APP,
+        "route_prefix": None,
+        "import_path": "jetflow_cluster.cluster.app:build_app",
+        "args": settings(checkpoints, **config),
+        "deployments": [{"name": "EngineReplica", "num_replicas": num_replicas}],
+    }
+    schema = ServeDeploySchema.model_validate({"proxy_location": "Disabled", "applications": [application]})
+    client = _get_global_client()
+    assert client is not None
+    client.deploy_apps(schema)
+
+
+def ready(num_replicas: int, num_routers: int = 1) -> list[str]:
+    """Waits until so many replicas and as many routers serve; returns the routers' addresses."""
+    wait_until(lambda: len(replicas()) == num_replicas and len(overview()["routers"]) == num_routers, 90)
+    addresses = [router["address"] for router in overview()["routers"].values()]
+    with JetFlowClient(addresses) as client:
+        wait_until(lambda: len(client.server_load().replicas) == num_replicas and client.health(), 30)
+    return addresses
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+class HttpLoad:
+    """Streams by OpenAI's client, which must not have to try again."""
+
+    NUM_STREAMS = 4
+
+    def __init__(self, host: str, port: int, expected: list[list[int]]):
+        self._client = OpenAI(api_key="none", base_url=f"http://{host}:{port}/v1", max_retries=0)
+        self._model = self._client.models.list().data[0].id
         self._expected = expected
-        self._client = JetFlowClient(addresses, timeout_s=120.0)
         self._stopped = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(i,)) for i in range(num_streams)]
-        self._lock = threading.Lock()
-        self.num_done = self.num_resumed = 0
-        self.replicas: Counter[str] = Counter()
+        self._threads = [threading.Thread(target=self._run, args=(i,)) for i in range(self.NUM_STREAMS)]
+        self.num_done = 0
         self.problems: list[str] = []
 
-    def __enter__(self) -> Load:
+    def __enter__(self) -> HttpLoad:
         for thread in self._threads:
             thread.start()
         return self
@@ -64,103 +112,56 @@ class Load:
         self._client.close()
 
     def _run(self, i: int) -> None:
+        extra = {"ignore_eos": True, "return_token_ids": True}
+        common: dict[str, Any] = {"model": self._model, "max_tokens": NUM_TOKENS, "stream": True, "extra_body": extra}
         while not self._stopped.is_set() and not self.problems:
             tokens: list[int] = []
             try:
-                with self._client.stream(PROMPTS[i], params(i)) as stream:
-                    for delta in stream:
-                        tokens += delta.token_ids
-                problem = "" if tokens == self._expected[i] else f"{i}: {tokens} is not {self._expected[i]}"
+                temperature = params(i, NUM_TOKENS).temperature
+                chunks = self._client.completions.create(prompt=PROMPTS[i], temperature=temperature, seed=i, **common)
+                for chunk in chunks:
+                    tokens += getattr(chunk.choices[0], "token_ids", ())
             except Exception as error:
-                problem = f"{i}: {type(error).__name__}: {error}"
-            with self._lock:
-                self.num_done += 1
-                if problem:
-                    self.problems.append(problem)
-                    continue
-                assert stream.started is not None and stream.finished is not None
-                self.replicas[stream.started.replica_id] += 1
-                self.num_resumed += stream.finished.num_resumes + stream.num_calls - 1
-
-    def more(self, count: int, limit_s: float = 60.0) -> None:
-        """Waits until so many further requests were served."""
-        wanted = self.num_done + count
-        wait_until(lambda: self.num_done >= wanted or bool(self.problems), limit_s)
-        assert self.problems == []
+                self.problems.append(f"{type(error).__name__}: {error}")
+            if tokens != self._expected[i][:NUM_TOKENS]:
+                self.problems.append(f"{i}: {tokens}")
+            self.num_done += 1
 
 
-def wait_until(holds: Callable[[], Any], limit_s: float) -> float:
-    began = time.monotonic()
-    while not holds():
-        assert time.monotonic() - began < limit_s, f"it did not come to pass within {limit_s:.0f} s"
-        time.sleep(0.1)
-    return time.monotonic() - began
+def tell(load: Load, *more: str) -> None:
+    print("; ".join([f"{load.num_done} requests", f"{load.num_resumes} resumes", *more]))
 
 
-def overview() -> dict[str, dict[str, dict[str, Any]]]:
-    found: dict[str, dict[str, dict[str, Any]]] = (
-        serve.get_deployment_handle("Directory", "test").overview.remote().result(timeout_s=20)
-    )
-    return found
-
-
-def replicas() -> dict[str, dict[str, Any]]:
-    try:
-        return overview()["replicas"]
-    except Exception:
-        return {}
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    target, head = (tmp_path_factory.mktemp(name) for name in ("target", "head"))
-    write_target(target, seed=3, num_layers=4)
-    write_head(head, target, seed=4)
-    return str(target), str(head)
-
-
-@pytest.fixture(scope="module")
-def expected(checkpoints: tuple[str, str]) -> list[list[int]]:
-    llm = LLM(*checkpoints, dtype="float64", num_pages=1024, tree_nodes={1: 8})
-    return [o.token_ids for o in llm.generate(PROMPTS, [params(i) for i in range(NUM_STREAMS)])]
-
-
-@pytest.fixture
-def nodes() -> Iterator[Cluster]:
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in RAY_ENVIRONMENT.items():
-            patch.setenv(name, value)
-        patch.setenv("PYTHONPATH", paths)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        for index in range(2):
-            cluster.add_node(num_cpus=2, node_ip_address=f"127.0.0.{index + 2}")
-        ray.init(address=cluster.address, configure_logging=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
-        serve.start(proxy_location="Disabled")
-        yield cluster
-        serve.shutdown()
-        ray.shutdown()
-        cluster.shutdown()
-
-
-def deploy(checkpoints: tuple[str, str], **config: Any) -> list[str]:
-    """Deploys, and waits until all is there; returns the routers' addresses."""
-    model, head = checkpoints
-    given = {
-        "model": model,
-        "draft_head": head,
-        "dtype": "float64",
-        "num_pages": 512,
-        "grpc_port": 0,
-        "http_port": None,
-    }
-    given |= {"num_threads_per_actor": 1, "drain_timeout_s": 20.0} | config
-    serve.run(build_app(given), name="test", route_prefix=None)
-    wait_until(lambda: len(replicas()) == config["num_replicas"] and overview()["routers"], 60)
-    addresses = [router["address"] for router in overview()["routers"].values()]
-    with JetFlowClient(addresses) as client:
-        wait_until(lambda: len(client.server_load().replicas) == config["num_replicas"] and client.health(), 30)
-    return addresses
+@pytest.mark.parametrize("drain_timeout_s", [60.0, 0.5], ids=["drained", "handed over"])
+def test_fewer_replicas_while_all_streams_run(
+    nodes: Cluster, checkpoints: tuple[str, str], expected: list[list[int]], drain_timeout_s: float
+) -> None:
+    config = {"num_pages": 2048, "drain_timeout_s": drain_timeout_s}
+    deploy_file(checkpoints, 3, **config)
+    before, addresses = replicas(), ready(3)
+    before = replicas()
+    with Load(addresses, expected, num_rounds=1) as load:
+        wait_until(load.all_run, 60)
+        deploy_file(checkpoints, 1, **config)
+        took_s = wait_until(lambda: len(replicas()) == 1, 60)
+        assert load.all_run(), "streams ended before the replicas left"
+        (kept,) = replicas()
+        had = {name: [s for s in load.streams if s.replica_id == name] for name in before}
+        processes = [pid for name in before if name != kept for pid in before[name]["pids"].values()]
+        if drain_timeout_s > 1:
+            wait_until(lambda: any(s.ended_at is not None for s in load.streams), 120)
+            assert all(map(is_alive, processes)), "replicas ended before their streams did"
+        load.join()
+    assert load.problems == []
+    moved = {name: sum(stream.num_resumes > 0 for stream in streams) for name, streams in had.items()}
+    assert len(had) == 3 and all(len(streams) >= 5 for streams in had.values())
+    assert moved.pop(kept) == 0
+    # Given the time, streams end where they are; without it each goes on elsewhere.
+    wanted = 0 if drain_timeout_s > 1 else sum(len(streams) for name, streams in had.items() if name != kept)
+    assert sum(moved.values()) == wanted
+    wait_until(lambda: not any(map(is_alive, processes)), 30)
+    counts = ", ".join(f"{len(streams)} on {name}" for name, streams in had.items())
+    tell(load, f"{counts}, {kept} kept", f"gone from the directory after {took_s:.1f} s")
 
 
 def test_replicas_come_and_go_with_the_load(
@@ -170,45 +171,60 @@ def test_replicas_come_and_go_with_the_load(
         checkpoints,
         num_replicas=1,
         max_replicas=3,
-        target_outstanding_tokens=1000.0,
+        target_outstanding_tokens=800.0,
+        target_time_to_first_token_s=30.0,
         load_look_back_s=4.0,
         upscale_delay_s=0.5,
         downscale_delay_s=3.0,
     )
-    with Load(addresses, expected, 4) as few:
-        with Load(addresses, expected) as load:
-            wait_until(lambda: len(replicas()) == 3, 90)
-            load.more(64)
-            assert load.problems == []
-        # Those that go had streams of the few that still run.
-        few.more(4)
-        wait_until(lambda: len(replicas()) == 1, 90)
-        few.more(8)
-    assert load.problems == few.problems == []
-    assert len(load.replicas) == 3
-    print(f"{load.num_done} and {few.num_done} requests, {load.num_resumed + few.num_resumed} resumes")
+    with Load(addresses, expected, num_tokens=NUM_TOKENS) as load:
+        up_s = wait_until(lambda: len(replicas()) == 3, 90)
+        load.more(96)
+        several = set(replicas())
+        # As many streams as before, of requests so short that one replica bears them.
+        load.num_tokens = NUM_SHORT_TOKENS
+        running: dict[str, list[Stream]] = {}
 
+        def is_one() -> bool:
+            now = [stream for stream in list(load.current) if stream.ended_at is None]
+            found = replicas()
+            # The streams that a replica had when it was last in the directory.
+            running.update({name: [s for s in now if s.replica_id == name] for name in found})
+            return len(found) == 1
 
-def test_another_configuration_fails_no_request(
-    nodes: Cluster, checkpoints: tuple[str, str], expected: list[list[int]]
-) -> None:
-    port = 23_900 + os.getpid() % 1000
-    addresses = deploy(checkpoints, num_replicas=1, grpc_port=port)
-    before = overview()
-    with Load(addresses, expected) as load:
-        load.more(16)
-        deploy(checkpoints, num_replicas=1, grpc_port=port, max_num_requests=24)
-
-        def is_replaced() -> bool:
-            found = overview()
-            old = [set(before[kind]) & set(found[kind]) for kind in before]
-            return not any(old) and all(found.values())
-
-        wait_until(is_replaced, 90)
-        load.more(64)
+        down_s = wait_until(is_one, 120)
+        load.more(96)
     assert load.problems == []
-    assert set(load.replicas) >= set(overview()["replicas"])
-    print(f"{load.num_done} requests, {load.num_resumed} resumes")
+    assert {stream.replica_id for stream in load.streams} >= several
+    left = {name: len(streams) for name, streams in running.items() if name not in replicas()}
+    assert len(left) >= 2 and sum(left.values()) > 0, left
+    tell(load, f"3 replicas after {up_s:.1f} s, 1 after {down_s:.1f} s", f"those that left had {left} streams")
+
+
+def test_another_configuration_fails_no_request(checkpoints: tuple[str, str], expected: list[list[int]]) -> None:
+    port = 23_900 + os.getpid() % 1000
+    # A router on each node, so that each has one on its own to hand its ports to.
+    config = {"num_replicas": 1, "num_routers": 2, "grpc_port": port, "http_port": port + 1000}
+    with local_nodes([2, 2], ["127.0.0.2"]):
+        addresses = deploy(checkpoints, **config)
+        host = addresses[0].rpartition(":")[0]
+        before = overview()
+        with HttpLoad(host, port + 1000, expected) as http, Load(addresses, expected, num_tokens=NUM_TOKENS) as load:
+            load.more(16)
+            began = time.monotonic()
+            deploy(checkpoints, max_num_requests=24, **config)
+
+            def is_replaced() -> bool:
+                found = overview()
+                old = [set(before[kind]) & set(found[kind]) for kind in before]
+                return not any(old) and all(len(found[kind]) == len(before[kind]) for kind in before)
+
+            wait_until(is_replaced, 90)
+            took_s = time.monotonic() - began
+            load.more(96)
+        assert load.problems == http.problems == []
+        assert {stream.replica_id for stream in load.streams} >= set(overview()["replicas"])
+        tell(load, f"{http.num_done} over HTTP", f"all replaced after {took_s:.1f} s")
 
 
 def test_a_node_that_is_gone_loses_no_token(
@@ -220,14 +236,15 @@ def test_a_node_that_is_gone_loses_no_token(
     router_hosts = {address.rpartition(":")[0] for address in addresses}
     node = next(node for node in nodes.worker_nodes if node.node_ip_address not in router_hosts)
     (victim,) = [name for name, host in hosts.items() if host == node.node_ip_address]
-    with Load(addresses, expected) as load:
+    with Load(addresses, expected, num_tokens=NUM_TOKENS) as load:
         load.more(32)
+        wait_until(load.all_run, 30)
         nodes.remove_node(node, allow_graceful=False)
-        wait_until(lambda: victim not in replicas() and replicas(), 30)
+        gone_s = wait_until(lambda: victim not in replicas() and replicas(), 30)
         load.more(64)
         nodes.add_node(num_cpus=2, node_ip_address="127.0.0.9")
-        wait_until(lambda: len(replicas()) == 3, 120)
+        back_s = wait_until(lambda: len(replicas()) == 3, 120)
         load.more(32)
     assert load.problems == []
-    assert load.num_resumed > 0
-    print(f"{load.num_done} requests, {load.num_resumed} resumes")
+    assert load.num_resumes > 0
+    tell(load, f"noticed after {gone_s:.1f} s", f"three again {back_s:.1f} s behind a new node")

@@ -7,50 +7,29 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from ray import serve
 
-from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
+from jetflow_cluster import LLM
 from jetflow_cluster.cluster.app import build_app
 from jetflow_cluster.rpc.client import JetFlowClient
-from support.small_models import write_head, write_target
+from support.served import APP, PATHS, PROMPTS, local_tokens, params, settings
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = [[i + 1, 2 * i + 5, 7, 40 + i] * (1 + i % 5) for i in range(12)]
-
-
-def params(i: int, temperature: float, max_tokens: int = 32) -> SamplingParams:
-    mode = ("auto", "force", "off")[i % 3]
-    return SamplingParams(
-        max_tokens=max_tokens,
-        seed=i,
-        temperature=temperature,
-        ignore_eos=True,
-        speculation=SpeculationOptions(mode=mode, max_tree_nodes=8 if mode == "force" else None),
-    )
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    target, head = (tmp_path_factory.mktemp(name) for name in ("target", "head"))
-    write_target(target, seed=3, num_layers=4)
-    write_head(head, target, seed=4)
-    return str(target), str(head)
+NUM_STREAMS, NUM_TOKENS = 12, 200
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    paths = os.pathsep.join(str(Path(__file__).parents[2] / part) for part in (".", "kernels", "tests"))
     ray.init(
         num_cpus=16,
         include_dashboard=False,
         configure_logging=False,
-        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        runtime_env={"env_vars": {"PYTHONPATH": PATHS}},
     )
     # Routers have a port of their own; Serve's HTTP proxy is not needed.
     serve.start(proxy_location="Disabled")
@@ -60,13 +39,8 @@ def cluster() -> Iterator[None]:
 
 
 def deploy(checkpoints: tuple[str, str], **config: Any) -> tuple[JetFlowClient, Any]:
-    model, head = checkpoints
-    app = build_app(
-        {"model": model, "draft_head": head, "dtype": "float64", "num_pages": 128, "grpc_port": 0, "http_port": 0}
-        | {"num_threads_per_actor": 1, "drain_timeout_s": 5.0}
-        | config
-    )
-    handle = serve.run(app, name="test", route_prefix=None)
+    given = settings(checkpoints, **{"num_pages": 128, "http_port": 0, "drain_timeout_s": 5.0} | config)
+    handle = serve.run(build_app(given), name=APP, route_prefix=None)
     client = JetFlowClient(handle.address.remote().result(), timeout_s=60.0)
     deadline = time.monotonic() + 60
     while not client.health():
@@ -81,7 +55,7 @@ def test_tokens_over_grpc_equal_the_local_engines(
     cluster: None, checkpoints: tuple[str, str], tensor_parallel_size: int, num_draft_workers: int
 ) -> None:
     prompts = [[i + 1, 2 * i % 90 + 5, 7, 40 + i] * (1 + i % 5) for i in range(100)]
-    wanted = [(prompt, params(i, temperature)) for i, prompt in enumerate(prompts) for temperature in (0.0, 0.9)]
+    wanted = [(prompt, params(i, 32, temperature)) for i, prompt in enumerate(prompts) for temperature in (0.0, 0.9)]
     llm = LLM(*checkpoints, dtype="float32", num_pages=512, tree_nodes={1: 8})
     expected = llm.generate([prompt for prompt, _ in wanted], [p for _, p in wanted])
     client, handle = deploy(
@@ -111,21 +85,18 @@ def test_tokens_over_grpc_equal_the_local_engines(
 def test_a_shard_that_dies_in_mid_stream_loses_no_token(
     cluster: None, checkpoints: tuple[str, str], signal_number: signal.Signals
 ) -> None:
-    llm = LLM(*checkpoints, dtype="float64", num_pages=128, tree_nodes={1: 8})
-    expected = [
-        o.token_ids for o in llm.generate(PROMPTS, [params(i, 0.9 * (i % 2), 200) for i in range(len(PROMPTS))])
-    ]
+    expected = local_tokens(checkpoints, NUM_TOKENS)[:NUM_STREAMS]
     client, handle = deploy(checkpoints, tensor_parallel_size=2, num_replicas=2, step_timeout_s=2.0)
     victim = next(iter(handle.overview.remote().result()["replicas"].values()))
 
     def run(i: int) -> list[int]:
         tokens: list[int] = []
-        for delta in client.stream(PROMPTS[i], params(i, 0.9 * (i % 2), 200)):
+        for delta in client.stream(PROMPTS[i], params(i, NUM_TOKENS)):
             tokens += delta.token_ids
         return tokens
 
-    with ThreadPoolExecutor(len(PROMPTS)) as threads:
-        futures = [threads.submit(run, i) for i in range(len(PROMPTS))]
+    with ThreadPoolExecutor(NUM_STREAMS) as threads:
+        futures = [threads.submit(run, i) for i in range(NUM_STREAMS)]
         time.sleep(0.5)
         os.kill(victim["pids"]["shard 1"], signal_number)
         found = [future.result(timeout=90) for future in futures]

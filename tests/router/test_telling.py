@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from jetflow_cluster import SamplingParams, SpeculationOptions
 from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.metrics import CATALOGUE
+from jetflow_cluster.router.watch import RequestWatch
 from jetflow_cluster.rpc.errors import StatusError
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.rpc.v1 import inference_pb2_grpc
@@ -86,6 +88,26 @@ def test_every_metric_is_told(frontends: list[EngineFrontend], target: Path) -> 
     assert per_position == sorted(per_position, reverse=True) and per_position[0] <= drafts
     assert count["jetflow_spec_decode_num_nodes_verified"] >= count["jetflow_spec_decode_num_draft_tokens"] + drafts
     assert told.observed["jetflow_inter_token_latency_seconds"]
+
+
+def test_a_client_that_hangs_up_behind_the_last_event_has_cancelled_nothing() -> None:
+    told = RecordedMetrics()
+
+    async def emit(event: pb.GenerateEvent) -> None:
+        if event.HasField("finished"):
+            raise asyncio.CancelledError
+
+    async def test() -> None:
+        watch = RequestWatch(told, emit, arrived=time.monotonic(), headers={})
+        await watch(pb.GenerateEvent(started=pb.Started(request_id="r", replica_id="a")))
+        await watch(pb.GenerateEvent(delta=pb.Delta(token_ids=[1])))
+        with pytest.raises(asyncio.CancelledError):
+            await watch(pb.GenerateEvent(finished=pb.Finished(finish_reason=pb.FINISH_REASON_LENGTH)))
+        watch.end(asyncio.CancelledError(), request_id="r", num_resumes=0)
+
+    run(test)
+    assert told.counts["jetflow_request_success/length"] == 1
+    assert not {name for name in told.counts if "cancels" in name or "failures" in name}
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import socket
 from collections.abc import Iterator
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jetflow_cluster.router.ports import is_free, prefer_younger
 from jetflow_cluster.router.tls import ServerCertificate
 
 #: Connections that may wait to be taken.
@@ -17,6 +18,10 @@ _BACKLOG = 512
 _KEEP_ALIVE_S = 30
 #: Seconds that calls get to end when the server stops.
 _STOP_GRACE_S = 1
+#: Of a server that leaves: seconds for connections that were being made when the next one took over, and for which
+#: those without a request are kept, longer than clients keep theirs in wait.
+_HANDSHAKE_S, _IDLE_S = 0.2, 6.0
+_LOOK_S = 0.05
 
 
 class _Server(uvicorn.Server):
@@ -53,8 +58,10 @@ class HttpServer:
         share_port: bool = False,
     ):
         self._address, self._stall_s, self._share_port = (host, port), stall_s, share_port
+        self._is_leaving = False
+        self._listener: socket.socket | None = None
         config = uvicorn.Config(
-            app,
+            self._told_to_leave(app),
             lifespan="off",
             ws="none",
             log_config=None,
@@ -92,6 +99,7 @@ class HttpServer:
             listener.close()
             raise
         listener.setblocking(False)
+        self._listener = listener
         self._task = asyncio.create_task(self._server.serve([listener]))
         while not self._server.started and not self._task.done():
             await asyncio.sleep(0.001)
@@ -101,15 +109,53 @@ class HttpServer:
             self._refresher = asyncio.create_task(self._refresh(self._certificate))
         return int(listener.getsockname()[1])
 
-    async def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
-        """Closes the port, gives calls so long to end, and closes all connections. Safe to call twice."""
+    async def hand_over(self, limit_s: float) -> None:
+        """Leaves the port to the server that shares it, and returns when no connection is left, or behind `limit_s`.
+
+        A request that comes on a connection made before is served, and its answer tells the client to connect anew.
+        """
+        host, port = self._listener.getsockname()[:2] if self._listener is not None else self._address
+        self._is_leaving = True
+        if self._share_port and self._listener is not None:
+            prefer_younger(self._listener)
+            await asyncio.sleep(_HANDSHAKE_S)
+        for each in self._server.servers:
+            each.close()
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + limit_s
+        # Who has nobody to go to need not be waited for.
+        idle_until = loop.time() + (0.0 if is_free(host, port) else _IDLE_S)
+        while (connections := list(self._server.server_state.connections)) and loop.time() < ends_at:
+            for connection in connections:
+                # The request of an HTTP connection, as uvicorn's own `shutdown` looks at it.
+                cycle = getattr(connection, "cycle", None)
+                is_idle = cycle is None or cycle.response_complete
+                if not is_idle or loop.time() >= idle_until:
+                    # Of a request that runs, this has the connection end behind the answer.
+                    connection.shutdown()
+            await asyncio.sleep(_LOOK_S)
+
+    async def stop(self) -> None:
+        """Closes the port, gives calls a moment to end, and closes all connections. Safe to call twice."""
         if self._refresher is not None:
             self._refresher.cancel()
         task, self._task = self._task, None
         if task is not None:
-            self._server.config.timeout_graceful_shutdown = max(_STOP_GRACE_S, round(grace_s))
             self._server.should_exit = True
             await task
+
+    def _told_to_leave(self, app: ASGIApp) -> ASGIApp:
+        """The application, whose answers end their connections while the server leaves."""
+
+        async def told(scope: Scope, receive: Receive, send: Send) -> None:
+            async def sending(message: Message) -> None:
+                if self._is_leaving and message["type"] == "http.response.start":
+                    message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+                await send(message)
+
+            await app(scope, receive, sending)
+
+        return told
 
     @staticmethod
     async def _refresh(certificate: ServerCertificate) -> None:
