@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 from jetflow_cluster.rpc.errors import (
     DOMAIN,
     LAST_OFFSET,
+    REQUEST_ABORTED,
     STREAM_LOST,
     InvalidFieldsError,
     StatusError,
@@ -59,7 +60,12 @@ PROBLEMS = [
             id="aborted",
         ),
         pytest.param(StatusError.deadline_exceeded("a"), "DEADLINE_EXCEEDED", [], id="deadline"),
-        pytest.param(StatusError.cancelled("a"), "CANCELLED", [], id="cancelled"),
+        pytest.param(
+            StatusError.cancelled("a"),
+            "CANCELLED",
+            [error_details_pb2.ErrorInfo(reason=REQUEST_ABORTED, domain=DOMAIN)],
+            id="cancelled",
+        ),
         pytest.param(StatusError.internal("ab12"), "INTERNAL", [], id="internal"),
         pytest.param(
             StatusError.invalid_argument(PROBLEMS),

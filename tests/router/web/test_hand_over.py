@@ -118,10 +118,10 @@ def test_a_port_goes_from_router_to_router_without_a_failed_request() -> None:
                     leaving = tasks.create_task(first.hand_over(60))
                     await asyncio.sleep(0)
                     waiting += connect(first.http_port, 32)
-                    await use_each(waiting)
                     for seed, (reader, writer) in enumerate(kept):
                         assert (await ask(reader, writer, seed))[0]["connection"] == "close"
                         assert await reader.read() == b""
+                    await use_each(waiting)
                     for seed, task in enumerate(streams):
                         assert await task == (expected(PROMPT, seed, 400).token_ids, "length")
                     assert await leaving
