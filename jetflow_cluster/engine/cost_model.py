@@ -18,6 +18,7 @@ The parts are what is fitted at warm-up (`jetflow_cluster.engine.cost_fit`) and 
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
@@ -29,6 +30,27 @@ import numpy as np
 PARTS = ("rows", "requests", "context", "trees", "draft", "prompts")
 #: Seconds per unit of `CostModel.row_costs`.
 COST_UNIT_S = 1e-7
+
+
+class _Curve:
+    """Linear between knots; level below the first one, the last slope behind the last one.
+
+    Numbers are looked up without NumPy: curves are read at single points several times in each step.
+    """
+
+    def __init__(self, x: tuple[float, ...], y: tuple[float, ...]):
+        self._x, self._y = x, y
+        self._slopes = tuple((d - c) / (b - a) for (a, b), (c, d) in zip(pairwise(x), pairwise(y), strict=True))
+
+    def at(self, x: float | np.ndarray) -> Any:
+        """A number, or float64 of the argument's shape."""
+        if isinstance(x, np.ndarray):
+            found = np.interp(x, self._x, self._y)
+            if self._slopes and np.max(x) > self._x[-1]:
+                found = found + self._slopes[-1] * np.maximum(x - self._x[-1], 0.0)
+            return found
+        place = min(bisect_right(self._x, x), len(self._slopes)) - 1
+        return self._y[place] + self._slopes[place] * (x - self._x[place]) if place >= 0 else self._y[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +99,10 @@ class CostModel:
     tree_scale: float = 1.0
     #: Where the figures come from, in words.
     source: str = "measured"
-    _row_curve: tuple[np.ndarray, np.ndarray] = field(init=False, repr=False, compare=False)
-    _draft_curve: tuple[np.ndarray, np.ndarray] = field(init=False, repr=False, compare=False)
+    _row_curve: _Curve = field(init=False, repr=False, compare=False)
+    _draft_curve: _Curve = field(init=False, repr=False, compare=False)
+    #: What whole numbers of rows cost where no prompt lies beneath, as far as it was asked for.
+    _ramp: np.ndarray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("row", "draft"):
@@ -91,8 +115,8 @@ class CostModel:
                 raise ValueError(f"{name}_knots = {knots}: must increase")
             if seconds[0] < 0 or any(b < a for a, b in pairwise(seconds)):
                 raise ValueError(f"{name}_s = {seconds}: must be non-negative and non-decreasing")
-            # Kept as arrays, since curves are read several times in each step.
-            object.__setattr__(self, f"_{name}_curve", (np.array(knots), np.array(seconds)))
+            object.__setattr__(self, f"_{name}_curve", _Curve(knots, seconds))
+        object.__setattr__(self, "_ramp", np.empty(0))
         for name in ("request_s", "context_s", "tree_s", "node_s", "draft_context_s", "prompt_share", "tree_scale"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 0")
@@ -122,12 +146,14 @@ class CostModel:
 
     def rows_s(self, num_rows: float | np.ndarray) -> Any:
         """Seconds of the target's pass by rows; a number, or float64 of the argument's shape."""
-        return _curve(*self._row_curve, num_rows)
+        return self._row_curve.at(num_rows)
 
     def drafting_s(self, num_draft_rows: float | np.ndarray, num_context_tokens: float | np.ndarray = 0.0) -> Any:
         """Seconds of the head's pass by its rows; 0 for no rows."""
-        seconds = _curve(*self._draft_curve, num_draft_rows) + self.draft_context_s * num_context_tokens
-        return np.where(np.asarray(num_draft_rows) > 0, seconds, 0.0)[()]
+        seconds = self._draft_curve.at(num_draft_rows) + self.draft_context_s * num_context_tokens
+        if isinstance(num_draft_rows, np.ndarray):
+            return np.where(num_draft_rows > 0, seconds, 0.0)
+        return seconds if num_draft_rows > 0 else 0.0
 
     def row_costs(self, shape: StepShape, max_rows: int) -> np.ndarray:
         """The price list of a step's trees: what the whole step costs with n tree rows.
@@ -143,15 +169,24 @@ class CostModel:
             int64 ``[max_rows + 1]`` in units of 100 ns, at least 1 and non-decreasing; entries below
             `shape.num_requests` are that entry's.
         """
-        rows = np.arange(max_rows + 1, dtype=np.float64)
-        least = float(shape.num_requests)
-        rows = np.maximum(rows, least)
-        beneath = self.prompt_share * shape.num_prompt_rows
+        least, beneath = shape.num_requests, self.prompt_share * shape.num_prompt_rows
         seconds = self.rows_s(least) + self.request_s * least + self.context_s * shape.num_context_tokens
-        seconds = seconds + np.where(rows > least, self.trees_s(least + beneath, rows - least), 0.0)
-        seconds = seconds + self.drafting_s(shape.num_draft_rows, shape.num_draft_context_tokens)
-        units = np.maximum(np.rint(seconds / COST_UNIT_S), 1.0).astype(np.int64)
+        seconds += self.drafting_s(shape.num_draft_rows, shape.num_draft_context_tokens)
+        ramp = self._whole_rows(max_rows) if not beneath else self._rows_over(beneath, max_rows)
+        costs = ramp + (seconds + self.tree_s - ramp[min(least, max_rows)])
+        costs[: least + 1] = seconds
+        units = np.maximum(np.rint(costs / COST_UNIT_S), 1.0).astype(np.int64)
         return np.maximum.accumulate(units)
+
+    def _whole_rows(self, max_rows: int) -> np.ndarray:
+        if len(self._ramp) <= max_rows:
+            object.__setattr__(self, "_ramp", self._rows_over(0.0, 2 * max_rows))
+        return self._ramp[: max_rows + 1]
+
+    def _rows_over(self, beneath: float, max_rows: int) -> np.ndarray:
+        """What 0 to `max_rows` rows of trees add over others, and a constant that is not theirs."""
+        rows = np.arange(max_rows + 1, dtype=np.float64)
+        return np.asarray(self.tree_scale * self.rows_s(rows + beneath) + self.node_s * rows)
 
     def scaled(self, scales: Sequence[float]) -> CostModel:
         """The model with each part multiplied, in the order of `PARTS`; the part of prompts by its share of a row.
@@ -199,12 +234,3 @@ class CostModel:
             raise ValueError(f"cost model: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}")
         numbers: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()}
         return cls(**numbers)
-
-
-def _curve(x: np.ndarray, y: np.ndarray, at: float | np.ndarray) -> Any:
-    """Linear between knots; level below the first one, the last slope behind the last one."""
-    found = np.interp(at, x, y)
-    if len(x) > 1 and np.max(at) > x[-1]:
-        slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
-        found = found + slope * np.maximum(np.asarray(at) - x[-1], 0.0)
-    return found[()]

@@ -101,6 +101,8 @@ class PricedBudget:
         self._probing: set[int] = set()
         #: Rows that the head computed in this step.
         self._num_draft_rows = 0
+        #: Decayed mean of prompt rows per step: what drafts for some steps is weighed over what goes on beneath them.
+        self._num_prompt_rows = 0.0
         self._seen: tuple[int, ...] = (0,)
         self._num_steps = self._num_decisions = self._num_observed = self._num_learned = 0
         #: Shortest match of a request's own text that pays by itself; None where none does.
@@ -123,7 +125,8 @@ class PricedBudget:
 
     def allow(self, load: DecodeLoad) -> list[Allowance]:
         """See `BudgetPolicy`."""
-        seen = (load.num_decoding, len(load.requests), load.num_prompt_rows, load.fair_nodes)
+        seen = (load.num_decoding, len(load.requests), load.fair_nodes)
+        self._num_prompt_rows += (load.num_prompt_rows - self._num_prompt_rows) / _LOOK_EVERY
         self._num_steps += 1
         # Where nothing is drafted, only a load that falls is news.
         is_news = seen != self._seen if self.is_on else load.num_decoding < self._seen[0]
@@ -303,7 +306,7 @@ class PricedBudget:
         return Situation(
             num_requests=load.num_decoding,
             num_context_tokens=sum(request.num_computed for request in load.requests),
-            num_prompt_rows=load.num_prompt_rows,
+            num_prompt_rows=self._num_prompt_rows,
             max_nodes=max(2, min(_MOST_NODES, load.fair_nodes)),
             num_block_slots=self._num_block_slots,
         )
