@@ -27,7 +27,7 @@ from jetflow_cluster.engine.protocols import (
     TreeRecord,
 )
 from jetflow_cluster.engine.reported_logprobs import report_logprobs
-from jetflow_cluster.engine.request import Request
+from jetflow_cluster.engine.request import Request, RequestStatus
 from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.engine.told_tree import told_tree
@@ -83,7 +83,7 @@ class Engine:
         self.counters = StepCounters()
         self._early: list[RequestDelta] = []
         #: Those whose passes run.
-        self._in_flight: frozenset[str] = frozenset()
+        self._in_flight: frozenset[Request] = frozenset()
         #: Tells the budget policy of the last step.
         self._teach: Callable[[], None] = lambda: None
         self._draft_epoch = drafter.epoch if drafter is not None else 0
@@ -114,11 +114,12 @@ class Engine:
         """Ends a request at once; None when it is unknown or has ended. Its pages are free at once too, or behind the
         step that is computing it."""
         request = self.requests.get(request_id)
-        if request is None or request.has_ended:
+        if request is None:
             return None
         text = request.finish(FinishReason.ABORT)
-        if request_id not in self._in_flight:
-            self._drop(request)
+        del self.requests[request_id]
+        if request not in self._in_flight:
+            self._let_go(request)
         return self._delta(request, [], text, 0)
 
     @torch.inference_mode()
@@ -133,7 +134,7 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan.items:
             return deltas
-        self._in_flight = frozenset(item.request.request_id for item in plan.items)
+        self._in_flight = frozenset(item.request for item in plan.items)
         try:
             outcome = self.compute(plan, lambda: self._work_ahead(plan))
             deltas += self._commit(plan, outcome)
@@ -262,7 +263,7 @@ class Engine:
             request = item.request
             if request.has_ended:
                 # Aborted while this was computed.
-                self._drop(request)
+                self._let_go(request)
                 continue
             if path is None:
                 request.num_computed += item.num_rows
@@ -356,18 +357,20 @@ class Engine:
             self._share_pages(request)
 
     def _drop(self, request: Request) -> None:
+        del self.requests[request.request_id]
+        self._let_go(request)
+
+    def _let_go(self, request: Request) -> None:
         self.scheduler.finish(request)
-        self.requests.pop(request.request_id, None)
         self.num_finished += 1
 
     def _fail(self, plan: StepPlan, error: Exception) -> list[RequestDelta]:
         deltas = []
         for item in plan.items:
             request = item.request
-            if request.request_id not in self.requests:
-                continue
             if request.has_ended:
-                self._drop(request)
+                if request.status is not RequestStatus.FINISHED:
+                    self._let_go(request)
                 continue
             request.error = error
             text = request.finish(FinishReason.ERROR)

@@ -169,6 +169,7 @@ def test_a_step_that_fails_in_flight_ends_its_requests_once(tiny_target_dir: Pat
 
     def abort_and_fail() -> None:
         told.append(engine.abort("r0"))
+        assert [request.request_id for request in engine.requests.values()] == ["r1"]
         raise RuntimeError("thrown into the step")
 
     engine.while_computing = abort_and_fail
