@@ -12,6 +12,8 @@ import typer
 from jetflow_cluster.console import stderr, stdout
 from jetflow_cluster.types import InvalidRequestError
 
+#: Where metrics are exported, if the port is free.
+METRICS_PORT = 8080
 SERVE_EXAMPLES = (
     "Examples:\n\n  jetflow serve\n\n"
     "  jetflow serve tensor_parallel_size=2 draft_placement=dedicated num_draft_workers=1\n\n"
@@ -36,7 +38,7 @@ def serve(
     from jetflow_cluster.cluster.config import ClusterConfig
 
     wanted = ClusterConfig.from_mapping((_read_file(config) if config is not None else {}) | _pairs(settings or []))
-    launch.connect(address, wanted)
+    launch.connect(address, wanted, metrics_port=METRICS_PORT)
     try:
         with stderr.status("placing, loading and warming up"):
             served = launch.deploy(wanted)
@@ -44,6 +46,9 @@ def serve(
             phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in replica["phases"].items())
             pids = ", ".join(f"{process} {pid}" for process, pid in replica["pids"].items())
             stderr.print(f"replica {name}: {pids}\n  start: {phases}", highlight=False)
+        stderr.print(
+            f"metrics: {', '.join(f'http://{node}/metrics' for node in launch.metric_addresses())}", highlight=False
+        )
         # Only now: until it serves, Ctrl-C ends the start.
         stopped = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -89,4 +94,6 @@ def _read_file(path: Path) -> dict[str, Any]:
     applications = found.get("applications") if isinstance(found, dict) else None
     if not applications:
         raise ValueError(f"{path}: applications is missing or empty")
+    if applications[0].get("deployments"):
+        raise ValueError(f"{path}: applications[0].deployments is for `serve deploy`; give what is wanted within args")
     return dict(applications[0].get("args") or {})

@@ -49,9 +49,15 @@ def test_three_sizes_ship() -> None:
     assert [path.stem for path in CONFIGS] == ["qwen3-8b-1gpu", "qwen3-8b-2gpu", "qwen3-8b-4gpu"]
 
 
-@pytest.mark.parametrize("number", range(5))
-def test_manifests_are_kubernetes(number: int) -> None:
-    document = documents(DEPLOY / "kuberay" / "rayservice.yaml")[number]
+MANIFESTS = [
+    (name, number, document)
+    for name in ("rayservice", "policies")
+    for number, document in enumerate(documents(DEPLOY / "kuberay" / f"{name}.yaml"))
+]
+
+
+@pytest.mark.parametrize(("name", "number", "document"), MANIFESTS, ids=[f"{n}-{i}" for n, i, _ in MANIFESTS])
+def test_manifests_are_kubernetes(name: str, number: int, document: dict[str, Any]) -> None:
     if document["kind"] != "RayService":
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
         return
@@ -63,6 +69,37 @@ def test_manifests_are_kubernetes(number: int) -> None:
         kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
 
 
+def test_policies_and_monitors_name_ports_and_labels_that_pods_have() -> None:
+    *_, service = documents(DEPLOY / "kuberay" / "rayservice.yaml")
+    cluster = service["spec"]["rayClusterConfig"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    ports = {p["name"]: p["containerPort"] for g in groups for p in g["template"]["spec"]["containers"][0]["ports"]}
+    (monitor,) = documents(DEPLOY / "prometheus" / "podmonitor.yaml")
+    assert all(endpoint["port"] in ports for endpoint in monitor["spec"]["podMetricsEndpoints"])
+    nodes, redis, budget = documents(DEPLOY / "kuberay" / "policies.yaml")
+    allowed = {port["port"] for rule in nodes["spec"]["ingress"] for port in rule.get("ports", ())}
+    assert allowed == {ports[name] for name in ("serve", "serve-grpc", "metrics", "dashboard")}
+    # KubeRay's own label of every node.
+    is_node = {"ray.io/is-ray-node": "yes"}
+    assert nodes["spec"]["podSelector"]["matchLabels"] == monitor["spec"]["selector"]["matchLabels"] == is_node
+    labels = [group["template"].get("metadata", {}).get("labels", {}) for group in groups]
+    assert budget["spec"]["selector"]["matchLabels"].items() <= labels[1].items()
+    assert redis["spec"]["podSelector"]["matchLabels"] == {"app": "jetflow-redis"}
+
+
+def test_who_gets_requests_is_asked_whether_it_can_serve() -> None:
+    services = {d["metadata"]["name"]: d for d in documents(DEPLOY / "kuberay" / "rayservice.yaml")}
+    service = services["jetflow"]
+    selector = services["jetflow-grpc"]["spec"]["selector"].items()
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        template = group["template"]
+        is_selected = selector <= template.get("metadata", {}).get("labels", {}).items()
+        assert is_selected == ("readinessProbe" in template["spec"]["containers"][0])
+    # A head without CPUs gets no router.
+    assert config_of(yaml.safe_load(service["spec"]["serveConfigV2"])).num_cpus_per_router > 0
+
+
 def test_the_service_drains_before_its_pods_end() -> None:
     *_, service = documents(DEPLOY / "kuberay" / "rayservice.yaml")
     config = config_of(yaml.safe_load(service["spec"]["serveConfigV2"]))
@@ -72,8 +109,8 @@ def test_the_service_drains_before_its_pods_end() -> None:
         # Serve waits 2 s, then for the drain and 5 s more.
         assert spec["terminationGracePeriodSeconds"] > config.drain_timeout_s + 10
         ports = {port["name"]: port["containerPort"] for port in spec["containers"][0]["ports"]}
-        assert ports["serve-grpc"] == config.grpc_port
-        assert {"serve", "metrics"} <= set(ports)
+        assert (ports["serve-grpc"], ports["serve"]) == (config.grpc_port, config.http_port)
+        assert "metrics" in ports
     worker = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
     assert f"-addr=localhost:{config.grpc_port}" in worker["readinessProbe"]["exec"]["command"]
     assert worker["resources"]["requests"]["nvidia.com/gpu"] == str(config.tensor_parallel_size)

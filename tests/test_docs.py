@@ -1,14 +1,23 @@
 """Commands in the documentation are real: each is parsed by the program it calls, and files that it names are there.
 
-What needs a cluster or a network (ray, serve, kubectl, helm, docker) is checked that way only; what runs on this
-machine is run by `test_training_as_the_page_says` and `tests/cluster/test_launch.py`.
+What needs a cluster or a network (ray, serve, kubectl, helm, docker, other models) is checked that way only; what runs
+on this machine is run by the slow tests below.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import select
 import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +30,23 @@ from typer.testing import CliRunner
 from jetflow_cluster.bench.prompts import DEFAULT_CHECKPOINT
 from jetflow_cluster.cli import app
 from jetflow_cluster.cluster.config import ClusterConfig
+from jetflow_cluster.metrics import CATALOGUE
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("one-machine", "ray-cluster", "kubernetes", "tuning", "training")
+SERVED_PAGES = ("docs/one-machine.md", "docs/api.md", "README.md")
 _REST = {"kubectl": ("apply", "get", "port-forward"), "helm": ("repo", "install"), "docker": ("build",)}
+
+
+def blocks(path: str, language: str) -> list[str]:
+    """Of a page, in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / path).read_text(), re.MULTILINE | re.DOTALL)
 
 
 def commands(page: str) -> list[list[str]]:
     """Of the ``sh`` blocks of a page."""
-    text = (ROOT / "docs" / f"{page}.md").read_text()
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.splitlines() if line.strip()]
+    lines = [line for block in blocks(f"docs/{page}.md", "sh") for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line.strip()]
 
 
 ALL = [(page, words) for page in PAGES for words in commands(page)]
@@ -88,6 +103,13 @@ def test_links_lead_somewhere(page: str) -> None:
     assert all((ROOT / "docs" / link).exists() for link in links), links
 
 
+def test_metrics_that_the_tables_name_exist() -> None:
+    names = {metric.name.removeprefix("jetflow_") for metric in CATALOGUE}
+    rows = re.findall(r"^\|[^|]+\|([^|]+)\|[^|]+\|$", (ROOT / "docs" / "tuning.md").read_text(), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert len(named) >= 6 and not set(named) - names
+
+
 @pytest.mark.slow
 def test_training_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from support.small_models import write_target
@@ -110,3 +132,69 @@ def test_training_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         result = CliRunner().invoke(app, [name, *rest, *small[name]], catch_exceptions=False)
         assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "head" / "draft_head" / "model.safetensors").exists()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def served(folder: Path, ports: dict[str, int]) -> Iterator[dict[str, str]]:
+    """The embedded model, served by the command that the pages begin with; the environment to call it in."""
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "jetflow").write_text(f'#!/bin/sh\nexec {sys.executable} -m jetflow_cluster "$@"\n')
+    (bin_folder / "jetflow").chmod(0o755)
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    path = os.pathsep.join((str(bin_folder), str(Path(sys.executable).parent), os.environ["PATH"]))
+    # A folder of its own, so that no other Ray of this machine is found in its place; sockets need a short name.
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
+        env = os.environ | {"PYTHONPATH": paths, "PATH": path, "RAY_TMPDIR": ray_folder}
+        settings = [f"{name}={port}" for name, port in ports.items()]
+        command = ["jetflow", "serve", *settings, "num_pages=512", "num_threads_per_actor=1"]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        try:
+            assert server.stdout is not None
+            assert select.select([server.stdout], [], [], 120)[0] and server.stdout.readline(), "nothing was served"
+            yield env
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_calls_as_the_pages_say(tmp_path: Path) -> None:
+    ports = {"grpc_port": free_port(), "http_port": free_port()}
+    programs = [block for page in SERVED_PAGES for block in blocks(page, "python")]
+    lines = [line for page in SERVED_PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+    lines = [
+        line for line in lines if line.startswith(("curl", "jetflow generate", "jetflow timeline", "jetflow doctor"))
+    ]
+    assert len(programs) >= 4 and len(lines) >= 5
+    with served(tmp_path, ports) as env:
+        for text in [*lines, *programs]:
+            here = text.replace("localhost:9000", f"localhost:{ports['grpc_port']}")
+            here = here.replace("localhost:8000", f"localhost:{ports['http_port']}")
+            command = ["sh", "-c", here] if text in lines else [sys.executable, "-c", here]
+            done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
+            assert done.stdout.strip() or done.stderr.strip(), text
+    assert json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+
+
+@pytest.mark.slow
+def test_measuring_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {
+        "offline": ["--num-prompts", "1", "--max-tokens", "8", "--batch-sizes", "1", "--budgets", "8"],
+        "serve": shlex.split("--concurrency 1 --modes off,auto --num-rounds 2 --prompt-lengths 32 --output-lengths 16"),
+        "evaluate-head": ["--num-prompts", "2", "--num-tokens", "16"],
+        "trace": ["--max-tokens", "8"],
+    }
+    for _, *rest in commands("tuning"):
+        name = rest[1] if rest[0] == "bench" else rest[0]
+        result = CliRunner().invoke(app, [*rest, *small[name]], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "trees.html").exists()

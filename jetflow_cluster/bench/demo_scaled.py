@@ -49,7 +49,9 @@ class ScaledDemoConfig:
         default_factory=lambda: ClusterConfig(
             num_replicas=1,
             max_replicas=_MAX_REPLICAS,
-            target_outstanding_tokens=300.0,
+            target_outstanding_tokens=160.0,
+            # Less than the high load, and three times more: requests wait in the router until all replicas are there.
+            max_replica_tokens=500,
             target_time_to_first_token_s=10.0,
             load_look_back_s=3.0,
             upscale_delay_s=1.0,

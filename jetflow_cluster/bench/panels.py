@@ -121,12 +121,12 @@ PANELS: tuple[Panel, ...] = (
         unit="short",
         series=(_value("running", m.RUNNING), _value("waiting", m.WAITING), _value("in routers", m.ROUTER_RUNNING)),
     ),
+    Panel(title="Waiting in routers", unit="short", series=(_value("requests", m.ROUTER_WAITING),)),
     Panel(
-        title="Waiting in routers",
+        title="Tokens still to be computed",
         unit="short",
-        series=(_value("requests", m.ROUTER_WAITING), _value("tokens", m.ROUTER_WAITING_TOKENS)),
+        series=(_value("in engines", m.OUTSTANDING_TOKENS), _value("waiting in routers", m.ROUTER_WAITING_TOKENS)),
     ),
-    Panel(title="Tokens still to be computed", unit="short", series=(_value("tokens", m.OUTSTANDING_TOKENS),)),
     Panel(
         title="KV pages",
         unit="percentunit",

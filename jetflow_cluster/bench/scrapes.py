@@ -63,8 +63,9 @@ class Recorder:
         return found
 
     def empty_panels(self) -> list[str]:
-        """Titles of panels that have nothing to show."""
-        return [panel.title for panel in PANELS if not self.lines(panel)]
+        """Titles of panels that have nothing to show but zeros."""
+        lines = {panel.title: self.lines(panel).values() for panel in PANELS}
+        return [title for title, found in lines.items() if not any(value for line in found for _, value in line)]
 
     def draw(self, path: Path) -> None:
         """All panels, as the dashboard arranges them."""
@@ -87,10 +88,12 @@ def _draw_panel(axis: Any, panel: Panel, lines: dict[str, list[tuple[float, floa
     for index, name in enumerate(names):
         style: dict[str, Any] = {"color": _shade(index / len(names))} if are_many else {}
         # Of a row of shades some are named.
-        label = name if not are_many or index % 4 == 0 else "_"
+        label = name if not are_many or index % -(-len(names) // _MAX_COLOURS) == 0 else "_"
         axis.plot(*zip(*lines[name], strict=True), linewidth=1.2, label=label, **style)
     unit = _UNITS.get(panel.unit, "")
-    axis.set_title(f"{panel.title}{unit and f', {unit}'}", loc="left", fontsize=9, pad=16)
+    num_columns = _MAX_COLOURS if are_many else 3
+    num_rows = 1 if are_many else -(-len(names) // num_columns)
+    axis.set_title(f"{panel.title}{unit and f', {unit}'}", loc="left", fontsize=9, pad=4 + 11 * num_rows)
     axis.set_ylim(bottom=0, top=None if any(value for line in lines.values() for _, value in line) else 1)
     axis.tick_params(labelsize=7)
     if panel.unit == "percentunit":
@@ -99,7 +102,7 @@ def _draw_panel(axis: Any, panel: Panel, lines: dict[str, list[tuple[float, floa
         axis.spines[side].set_visible(False)
     legend = {"loc": "lower left", "bbox_to_anchor": (0, 0.99), "borderaxespad": 0, "frameon": False}
     if names:
-        axis.legend(fontsize=7, ncols=8 if are_many else 4, handlelength=1, columnspacing=1.2, **legend)
+        axis.legend(fontsize=7, ncols=num_columns, handlelength=1, columnspacing=1.2, **legend)
 
 
 def _shade(share: float) -> tuple[float, float, float]:

@@ -100,6 +100,8 @@ class Router:
             gateway_port=config.gateway_port,
             share_ports=True,
             tokenizer=tokenizer,
+            max_replica_tokens=config.max_replica_tokens,
+            max_queued_tokens=config.max_queued_tokens,
             drain_timeout_s=config.drain_timeout_s,
         )
         self._server: RouterServer | None = None
@@ -239,7 +241,7 @@ def build_app(args: Mapping[str, Any] | ClusterConfig | None = None) -> Applicat
         max_replicas_per_node=2,
         max_surge_percent=config.max_surge_percent,
         graceful_shutdown_timeout_s=config.drain_timeout_s + 5.0,
-        **common,
+        **common | {"ray_actor_options": {"num_cpus": config.num_cpus_per_router}},
     )(Router)
     return router.bind(config, directory_app, engine)
 

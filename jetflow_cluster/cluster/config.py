@@ -51,6 +51,8 @@ class ClusterConfig:
     max_surge_percent: int = 100
     #: Routers; at most one runs on a node.
     num_routers: int = 1
+    #: CPUs of a router, as Ray counts them; above 0 keeps routers from nodes that have none to give, as a head may.
+    num_cpus_per_router: float = 0.0
     #: How Ray lays a replica's shards and workers out over nodes.
     placement_strategy: str = "PACK"
     #: GPUs of a shard or draft worker; None is 1 where the cluster has GPUs, else 0.
@@ -80,6 +82,11 @@ class ClusterConfig:
     http_port: int | None = 8000
     #: Port of the adapter for gateways that speak `vllm.grpc.engine` (extra ``gateway``); None serves none.
     gateway_port: int | None = None
+    #: Tokens (prompt, and output still to come) that a replica may have before it and still be given more; further
+    #: requests wait in the router, in the order in which they came.
+    max_replica_tokens: int = 262_144
+    #: Tokens of the requests that may wait in a router; more are refused with a hint when to come again.
+    max_queued_tokens: int = 1_048_576
     #: KV slots per page.
     page_size: int = 16
     #: Pages of the KV cache; None is a plan from free memory and the largest possible batch.
@@ -123,16 +130,19 @@ class ClusterConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
-        for name in ("num_replicas", "num_routers"):
+        for name in ("num_replicas", "num_routers", "max_replica_tokens", "max_queued_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         self._check_scaling()
-        if not 0 <= self.grpc_port < 65536:
-            raise ValueError(f"grpc_port = {self.grpc_port}: must be in [0, 65535]; 0 takes a free one")
-        if self.http_port is not None and not 0 <= self.http_port < 65536:
-            raise ValueError(
-                f"http_port = {self.http_port}: must be in [0, 65535]; 0 takes a free one, None serves none"
-            )
+        limit = "must be in [0, 65535]; 0 takes a free one"
+        for name, more in {
+            "grpc_port": "",
+            "http_port": ", None serves none",
+            "gateway_port": ", None serves none",
+        }.items():
+            port = getattr(self, name)
+            if not ((more and port is None) or 0 <= port < 65536):
+                raise ValueError(f"{name} = {port}: {limit}{more}")
         for name in (
             "silence_s",
             "health_timeout_s",
@@ -149,6 +159,8 @@ class ClusterConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be above 0")
         if self.num_gpus_per_actor is not None and self.num_gpus_per_actor < 0:
             raise ValueError(f"num_gpus_per_actor = {self.num_gpus_per_actor}: must be at least 0")
+        if self.num_cpus_per_router < 0:
+            raise ValueError(f"num_cpus_per_router = {self.num_cpus_per_router}: must be at least 0")
         if (self.draft_placement == "dedicated") != (self.num_draft_workers > 0):
             raise ValueError(
                 f"num_draft_workers = {self.num_draft_workers} with draft_placement = {self.draft_placement!r}: "
@@ -166,6 +178,12 @@ class ClusterConfig:
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
             limit = f"must be at least num_replicas = {self.num_replicas}, or None"
             raise ValueError(f"max_replicas = {self.max_replicas}: {limit}")
+        follows_load = (self.max_replicas or 0) > self.num_replicas
+        if follows_load and self.max_replica_tokens <= self.target_outstanding_tokens:
+            limit = f"must be above target_outstanding_tokens = {self.target_outstanding_tokens:g}"
+            raise ValueError(
+                f"max_replica_tokens = {self.max_replica_tokens}: {limit}, or no load asks for a replica more"
+            )
         if not 0 <= self.max_surge_percent <= 100:
             raise ValueError(f"max_surge_percent = {self.max_surge_percent}: must be in [0, 100]")
         for name in ("upscale_delay_s", "downscale_delay_s"):

@@ -14,6 +14,7 @@ from ray import serve
 from jetflow_cluster.cluster.app import build_app
 from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.placement import replica_shape
+from jetflow_cluster.router.ports import is_free
 from jetflow_cluster.rpc import GRPC_ENVIRONMENT
 
 APP_NAME = "jetflow"
@@ -35,11 +36,19 @@ _LOOK_S = 0.1
 _MAX_TRACE_CALLS = 50
 
 
-def connect(address: str | None, config: ClusterConfig, *, log_to_driver: bool = True) -> None:
+def connect(
+    address: str | None, config: ClusterConfig, *, log_to_driver: bool = True, metrics_port: int | None = None
+) -> None:
     """Joins the Ray cluster at `address`, or starts one on this machine.
 
     A cluster that is started here counts at least as many CPUs as the replicas' actors ask for, so that a small machine
     can try any shape; actors then share its cores.
+
+    Args:
+        address: of a cluster; None starts one.
+        config: of what is to be deployed.
+        log_to_driver: whether its processes' logs are shown here.
+        metrics_port: where a cluster that is started exports its metrics, if that port is free; else it takes another.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address is not None:
@@ -53,6 +62,7 @@ def connect(address: str | None, config: ClusterConfig, *, log_to_driver: bool =
         include_dashboard=False,
         configure_logging=False,
         log_to_driver=log_to_driver,
+        _metrics_export_port=metrics_port if metrics_port is not None and is_free("0.0.0.0", metrics_port) else None,
     )
 
 

@@ -38,8 +38,12 @@ def test_panels_without_values_are_named_and_others_drawn(tmp_path: Path) -> Non
             for metric in everything
         }
         recorder.scrapes.append((20.0 * step, values))
+    waiting = {m.ROUTER_WAITING.exported, m.ROUTER_WAITING_TOKENS.exported}
+    for _, found in recorder.scrapes:
+        found.update({key: 0.0 for key in found if key[0] in waiting})
     latencies = {"Time to first token", "Inter-token latency", "Request latency", "Time in queues"}
-    assert set(recorder.empty_panels()) == latencies
+    # A panel of zeros says as little as one without lines.
+    assert set(recorder.empty_panels()) == latencies | {"Waiting in routers"}
     assert {panel.title for panel in PANELS} > latencies
     recorder.draw(tmp_path / "dashboard.png")
     assert (tmp_path / "dashboard.png").stat().st_size > 10_000

@@ -28,6 +28,13 @@ from jetflow_cluster.cluster.placement import check_fits, replica_shape
         ({"num_draft_workers": 1}, "colocated has none"),
         ({"placement_strategy": "pack"}, "placement_strategy = 'pack': must be one of PACK"),
         ({"grpc_port": 70000}, "grpc_port = 70000"),
+        ({"http_port": -1}, "http_port = -1: .*None serves none"),
+        ({"gateway_port": 65536}, "gateway_port = 65536"),
+        ({"max_queued_tokens": 0}, "max_queued_tokens = 0: must be at least 1"),
+        (
+            {"max_replicas": 2, "max_replica_tokens": 9, "target_outstanding_tokens": 9},
+            "max_replica_tokens = 9: must be",
+        ),
         ({"step_timeout_s": 0}, "step_timeout_s = 0"),
         ({"dtype": "int8"}, "dtype = 'int8'"),
         ({"page_size": 0}, "page_size = 0"),

@@ -56,6 +56,14 @@ def test_a_file_without_an_application_is_refused(text: str, tmp_path: Path) -> 
     assert "applications is missing or empty" in result.output
 
 
+def test_a_file_with_what_only_serve_applies_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("applications: [{args: {}, deployments: [{name: EngineReplica, num_replicas: 3}]}]")
+    result = CliRunner().invoke(app, ["serve", "--config", str(path)])
+    assert result.exit_code != 0
+    assert "deployments is for" in result.output
+
+
 @pytest.mark.slow
 def test_serve_answers_and_leaves_nothing_behind(tmp_path: Path) -> None:
     target, head = tmp_path / "target", tmp_path / "head"

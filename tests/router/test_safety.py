@@ -8,6 +8,7 @@ import socket
 import ssl
 import time
 import urllib.request
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,28 @@ def test_tokens_are_wanted_over_both_protocols(files: Files) -> None:
     run(test)
 
 
+async def load_of(port: int, files: Files, own: dict[str, bytes]) -> Any:
+    """The server's load, over TLS."""
+    credentials = grpc.ssl_channel_credentials(files.ca.read_bytes(), **own)
+    async with grpc.aio.secure_channel(f"localhost:{port}", credentials) as channel:
+        stub: Any = inference_pb2_grpc.JetFlowInferenceStub(channel)
+        return await stub.GetServerLoad(pb.GetServerLoadRequest(), timeout=10)
+
+
+def certificate_of(port: int, files: Files, own: dict[str, bytes]) -> bytes:
+    """What the HTTP port shows."""
+    context = ssl.create_default_context(cafile=str(files.ca))
+    if own:
+        (files.folder / "client.pem").write_bytes(own["private_key"] + own["certificate_chain"])
+        context.load_cert_chain(files.folder / "client.pem")
+    assert fetch(port, "/health", context=context)[0] == 503
+    with (
+        socket.create_connection(("127.0.0.1", port)) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as wrapped,
+    ):
+        return wrapped.getpeercert(binary_form=True) or b""
+
+
 @pytest.mark.parametrize("is_mutual", [False, True], ids=["tls", "mutual"])
 def test_certificates(files: Files, is_mutual: bool) -> None:
     async def test() -> None:
@@ -83,44 +106,22 @@ def test_certificates(files: Files, is_mutual: bool) -> None:
             server = made.routers[0].server
             key, chain = files.client()
             own = {"private_key": key, "certificate_chain": chain} if is_mutual else {}
-
-            async def load(**options: Any) -> Any:
-                credentials = grpc.ssl_channel_credentials(files.ca.read_bytes(), **options)
-                async with grpc.aio.secure_channel(f"localhost:{server.port}", credentials) as channel:
-                    stub: Any = inference_pb2_grpc.JetFlowInferenceStub(channel)
-                    return await stub.GetServerLoad(pb.GetServerLoadRequest(), timeout=10)
-
-            assert (await load(**own)).router_id == "router-0"
+            assert (await load_of(server.port, files, own)).router_id == "router-0"
             if is_mutual:
-                assert (await failure(load())).code is grpc.StatusCode.UNAVAILABLE
+                assert (await failure(load_of(server.port, files, {}))).code is grpc.StatusCode.UNAVAILABLE
             assert (await failure(made.stub.GetServerLoad(pb.GetServerLoadRequest(), timeout=5))).code in (
                 grpc.StatusCode.UNAVAILABLE,
                 grpc.StatusCode.DEADLINE_EXCEEDED,
             )
-
-            def seen() -> bytes:
-                context = ssl.create_default_context(cafile=str(files.ca))
-                if is_mutual:
-                    (files.folder / "client.pem").write_bytes(key + chain)
-                    context.load_cert_chain(files.folder / "client.pem")
-                assert fetch(server.http_port, "/health", context=context)[0] == 503
-                import socket
-
-                with (
-                    socket.create_connection(("127.0.0.1", server.http_port)) as plain,
-                    context.wrap_socket(plain, server_hostname="localhost") as wrapped,
-                ):
-                    return wrapped.getpeercert(binary_form=True) or b""
-
-            first = await asyncio.to_thread(seen)
+            first = await asyncio.to_thread(certificate_of, server.http_port, files, own)
             files.renew()
             wanted = ssl.PEM_cert_to_DER_cert(files.pem.decode())
             began = time.monotonic()
-            while await asyncio.to_thread(seen) != wanted:
+            while await asyncio.to_thread(certificate_of, server.http_port, files, own) != wanted:
                 assert time.monotonic() - began < 20, "the new certificate is not served"
                 await asyncio.sleep(0.2)
             assert first != wanted
-            assert (await load(**own)).router_id == "router-0"
+            assert (await load_of(server.port, files, own)).router_id == "router-0"
 
     run(test)
 
@@ -213,76 +214,90 @@ def test_a_client_that_takes_nothing_is_shed(protocol: str) -> None:
     run(test)
 
 
+FLOOD, SLOW, UNKNOWN = "this-one-floods-the-port", "this-one-does-not-read", "nobody-has-such-a-token"
+
+
+class BadClients:
+    """Callers without a token, beyond their limits, with messages that are too large, and that read nothing."""
+
+    def __init__(self, address: str):
+        self.codes: Counter[str] = Counter()
+        self._channels = [grpc.aio.insecure_channel(address, options=[("c", i)]) for i in range(4)]
+
+    async def __aenter__(self) -> BadClients:
+        unknown, flooding, slow, large = self._channels
+        bad = [self._pester(unknown, UNKNOWN, request()) for _ in range(2)]
+        bad += [self._pester(flooding, FLOOD, request(10)) for _ in range(4)]
+        bad += [self._stall(slow) for _ in range(4)]
+        self._tasks = [asyncio.create_task(each) for each in [*bad, self._oversize(large)]]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for channel in self._channels:
+            await channel.close()
+
+    async def _pester(self, channel: Any, token: str, message: pb.GenerateRequest) -> None:
+        stub: Any = inference_pb2_grpc.JetFlowInferenceStub(channel)
+        while True:
+            try:
+                await stream(stub, message, metadata=metadata(token))
+            except StatusError as error:
+                self.codes[error.code.name] += 1
+            await asyncio.sleep(0.01)
+
+    async def _oversize(self, channel: Any) -> None:
+        message = request()
+        message.token_ids.ids.extend([2**28] * (MAX_REQUEST_BYTES // 4))
+        # Written out once: that would cost this loop time, which is the server's too.
+        data = message.SerializeToString()
+        call = channel.unary_stream("/jetflow.inference.v1.JetFlowInference/GenerateStream")
+        while True:
+            error = await failure(call(data, metadata=metadata(FLOOD)).read())
+            self.codes[f"large {error.code.name}"] += 1
+            await asyncio.sleep(0.5)
+
+    async def _stall(self, channel: Any) -> None:
+        stub: Any = inference_pb2_grpc.JetFlowInferenceStub(channel)
+        while True:
+            call = stub.GenerateStream(request(4000, logprobs=64), metadata=metadata(SLOW))
+            await call.read()
+            await asyncio.sleep(2)
+            call.cancel()
+
+
+async def speed(client: AsyncJetFlowClient, seed: int) -> float:
+    """Tokens per second of one stream."""
+    began = time.monotonic()
+    found = await client.generate(PROMPT, SamplingParams(max_tokens=200, seed=seed))
+    assert found.token_ids == expected(PROMPT, seed, 200).token_ids
+    return 200 / (time.monotonic() - began)
+
+
 @pytest.mark.slow
 def test_honest_streams_keep_their_speed_beside_bad_clients(files: Files) -> None:
     """Steps of a fixed time, so that what is measured is the router's part alone."""
 
-    async def speed(client: AsyncJetFlowClient, seed: int) -> float:
-        began = time.monotonic()
-        found = await client.generate(PROMPT, SamplingParams(max_tokens=200, seed=seed))
-        assert found.token_ids == expected(PROMPT, seed, 200).token_ids
-        return 200 / (time.monotonic() - began)
-
     async def test() -> None:
         files.tokens.write_text(
             f"- {{name: honest, token: {TOKEN}}}\n"
-            "- {name: flood, token: this-one-floods-the-port, requests_per_s: 1, max_concurrent: 4}\n"
-            "- {name: slow, token: this-one-does-not-read, max_concurrent: 4}\n"
+            f"- {{name: flood, token: {FLOOD}, requests_per_s: 1, max_concurrent: 4}}\n"
+            f"- {{name: slow, token: {SLOW}, max_concurrent: 4}}\n"
         )
-        safety = SafetyConfig(token_file=str(files.tokens))
-        options = {"safety": safety, "client_stall_s": 1.0, "http_port": 0}
+        options = {"safety": SafetyConfig(token_file=str(files.tokens)), "client_stall_s": 1.0, "http_port": 0}
         async with cluster(1, replica={"step_s": 0.03}, **options) as made:
             address = made.routers[0].address
             async with AsyncJetFlowClient(address, token=TOKEN, timeout_s=100) as honest:
                 alone = await asyncio.gather(*(speed(honest, seed) for seed in range(8)))
-                codes: dict[str, int] = {}
-                channels = [grpc.aio.insecure_channel(address, options=[("c", i)]) for i in range(4)]
-                large = request()
-                large.token_ids.ids.extend([2**28] * (MAX_REQUEST_BYTES // 4))
-
-                async def pester(channel: Any, token: str, message: pb.GenerateRequest, pause_s: float) -> None:
-                    stub: Any = inference_pb2_grpc.JetFlowInferenceStub(channel)
-                    while True:
-                        try:
-                            await stream(stub, message, metadata=metadata(token))
-                        except StatusError as error:
-                            codes[error.code.name] = codes.get(error.code.name, 0) + 1
-                        await asyncio.sleep(pause_s)
-
-                async def oversize(channel: Any, data: bytes) -> None:
-                    # Written out once: that would cost this loop time, which is the server's too.
-                    call = channel.unary_stream("/jetflow.inference.v1.JetFlowInference/GenerateStream")
-                    while True:
-                        error = await failure(call(data, metadata=metadata("this-one-floods-the-port")).read())
-                        codes[f"large {error.code.name}"] = codes.get(f"large {error.code.name}", 0) + 1
-                        await asyncio.sleep(0.5)
-
-                async def stall(channel: Any) -> None:
-                    stub: Any = inference_pb2_grpc.JetFlowInferenceStub(channel)
-                    while True:
-                        call = stub.GenerateStream(
-                            request(4000, logprobs=64), metadata=metadata("this-one-does-not-read")
-                        )
-                        await call.read()
-                        await asyncio.sleep(2)
-                        call.cancel()
-
-                bad = [pester(channels[0], "nobody-has-such-a-token", request(), 0.01) for _ in range(2)]
-                bad += [pester(channels[1], "this-one-floods-the-port", request(10), 0.01) for _ in range(4)]
-                bad += [oversize(channels[3], large.SerializeToString())]
-                bad += [stall(channels[2]) for _ in range(4)]
-                tasks = [asyncio.create_task(each) for each in bad]
-                beside = await asyncio.gather(*(speed(honest, seed) for seed in range(8)))
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                for channel in channels:
-                    await channel.close()
+                async with BadClients(address) as bad:
+                    beside = await asyncio.gather(*(speed(honest, seed) for seed in range(8)))
             ratio = sum(beside) / sum(alone)
-            print(f"8 honest streams kept {ratio:.2f} of their speed; refused: {codes}")
+            print(f"8 honest streams kept {ratio:.2f} of their speed; refused: {dict(bad.codes)}")
             assert ratio >= 0.8
-            assert codes["UNAUTHENTICATED"] > 20 and codes["RESOURCE_EXHAUSTED"] > 20
-            assert codes["large RESOURCE_EXHAUSTED"] > 0
+            assert bad.codes["UNAUTHENTICATED"] > 20 and bad.codes["RESOURCE_EXHAUSTED"] > 20
+            assert bad.codes["large RESOURCE_EXHAUSTED"] > 0
             await made.is_clean()
 
     run(test)
