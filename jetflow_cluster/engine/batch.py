@@ -11,6 +11,7 @@ from jetflow_cluster.engine.protocols import ScheduledRequest, StepPlan
 from jetflow_cluster.models.batch import ForwardBatch
 from jetflow_cluster.tree.draft_tree import DraftTree
 from jetflow_kernels.tree_attention import plan_tree_attention
+from jetflow_kernels.upload import upload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ def page_table_tensor(page_lists: Sequence[list[int]], device: torch.device) -> 
     """int32 ``[R, P]``, padded with zeros."""
     width = max(len(pages) for pages in page_lists)
     padded = [pages + [0] * (width - len(pages)) for pages in page_lists]
-    return torch.tensor(padded, dtype=torch.int32, device=device)
+    return upload(torch.tensor(padded, dtype=torch.int32), device)
 
 
 def chain_parents(num_rows: int) -> range:
@@ -77,14 +78,14 @@ def build_batch(plan: StepPlan, trees: Sequence[DraftTree], page_size: int, devi
         query_lens=query_lens,
         context_lens=[item.request.num_computed for item in plan.items],
         page_table=page_table_tensor([item.request.pages.pages for item in plan.items], device),
-        parents=torch.tensor(parents, dtype=torch.int32, device=device),
+        parents=upload(torch.tensor(parents, dtype=torch.int32), device),
         page_size=page_size,
         is_chain=[item.num_rows > 1 or tree.num_nodes == 1 for item, tree in zip(plan.items, trees, strict=True)],
     )
     forward = ForwardBatch(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+        token_ids=upload(torch.tensor(token_ids, dtype=torch.int64), device),
+        positions=upload(torch.tensor(positions, dtype=torch.int64), device),
+        slot_mapping=upload(torch.tensor(slots, dtype=torch.int64), device),
         attention=attention,
     )
     return StepBatch(forward=forward, row_starts=row_starts, logits_rows=logits_rows, logits_starts=logits_starts)

@@ -19,6 +19,7 @@ from jetflow_cluster.models.target_ends import TargetEnds
 from jetflow_cluster.tree.build import CandidateTable, cut_table
 from jetflow_cluster.tree.coupled import DraftSampling, candidate_tables
 from jetflow_kernels.tree_attention import plan_tree_attention
+from jetflow_kernels.upload import upload
 from jetflow_kernels.warmup import launch_every_kernel
 
 
@@ -94,8 +95,8 @@ class HeadDrafter:
         """Projects context rows into their slots."""
         self.head.project_context(
             rows.fused,
-            torch.tensor(rows.positions, dtype=torch.int64, device=self._device),
-            torch.tensor(rows.slots, dtype=torch.int64, device=self._device),
+            upload(torch.tensor(rows.positions, dtype=torch.int64), self._device),
+            upload(torch.tensor(rows.slots, dtype=torch.int64), self._device),
             self.kv,
         )
 
@@ -203,16 +204,16 @@ def draft_blocks(
         slots += request.pages.slots(start, start + num_slots)
         parents += chain_parents(num_slots)
     batch = ForwardBatch(
-        token_ids=torch.tensor(ids, dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+        token_ids=upload(torch.tensor(ids, dtype=torch.int64), device),
+        positions=upload(torch.tensor(positions, dtype=torch.int64), device),
+        slot_mapping=upload(torch.tensor(slots, dtype=torch.int64), device),
         attention=plan_tree_attention(
             query_lens=[num_slots] * len(requests),
             context_lens=[request.draft_len - request.draft_start for request in requests],
             page_table=page_table_tensor(
                 [request.pages.pages[request.draft_start // page_size :] for request in requests], device
             ),
-            parents=torch.tensor(parents, dtype=torch.int32, device=device),
+            parents=upload(torch.tensor(parents, dtype=torch.int32), device),
             page_size=page_size,
             bidirectional=not config.causal,
             is_chain=[True] * len(requests),

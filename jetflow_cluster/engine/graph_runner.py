@@ -1,4 +1,5 @@
-"""Runs steps without prompt chunks from recorded launches; every other step is computed by the engine as it is.
+"""Runs steps without prompt chunks from recorded launches, and steps with them by the same launches, one at a time;
+what neither serves is computed by the engine as it is.
 
 Steps are recorded per bucket, when one is first needed. What does the recording is the only part that knows CUDA;
 where there is none the same launches are executed instead of replayed.
@@ -17,6 +18,7 @@ from jetflow_cluster.engine.batch import wants_prompt_logprobs
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.engine import Engine
 from jetflow_cluster.engine.lookup import ContextLookup
+from jetflow_cluster.engine.prompt_rows import prompt_rows
 from jetflow_cluster.engine.protocols import BudgetPolicy, Compute, ScheduledRequest, StepOutcome, StepPlan
 from jetflow_cluster.engine.static_inputs import StaticInputs
 from jetflow_cluster.engine.static_parts import StaticPart
@@ -35,14 +37,14 @@ ROWS_PER_BUCKET = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 
 class Recorder(Protocol):
     """Turns launches into something that does them again."""
 
-    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+    def record(self, launches: Callable[[], object]) -> Callable[[], object]:
         """What to call in place of `launches`, whose tensors stay where they are."""
 
 
 class Executing:
     """Where nothing can be recorded: the launches themselves."""
 
-    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+    def record(self, launches: Callable[[], object]) -> Callable[[], object]:
         """The launches."""
         return launches
 
@@ -54,7 +56,7 @@ class CudaGraphs:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
-    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+    def record(self, launches: Callable[[], object]) -> Callable[[], object]:
         """Runs the launches thrice, the last time recorded. The tensors that they read must stand for no request."""
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -68,13 +70,14 @@ class CudaGraphs:
         return graph.replay
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class _Recorded:
     """The step of one bucket."""
 
     step: StaticStep
     inputs: StaticInputs
-    replay: Callable[[], None]
+    #: None until a step without prompts needs it.
+    replay: Callable[[], object] | None = None
 
 
 class GraphRunner:
@@ -104,8 +107,8 @@ class GraphRunner:
         self.target, self.drafter = target, drafter
         #: Told the name of each stage, as `Engine.on_stage` is.
         self.on_stage: Callable[[str], None] = lambda stage: None
-        #: Steps that were served from buckets.
-        self.num_static_steps = 0
+        #: Steps that were replayed, and those that ran on static buffers beside prompts.
+        self.num_static_steps = self.num_mixed_steps = 0
         self._compute_eagerly, self._recorder = compute_eagerly, recorder
         self._budget, self._lookup = budget, lookup
         scratch_rows = max(NODES[-1], drafter.num_scratch_rows if drafter is not None else 1)
@@ -120,6 +123,8 @@ class GraphRunner:
         looks = lookup.look(plan) if lookup is not None and plan.speculates else [None] * len(plan.items)
         parts = [StaticPart(item, look) for item, look in zip(plan.items, looks, strict=True)]
         plan = self._budget().price_rows(plan, [part.source for part in parts])
+        # Who is in the midst of a prompt chooses nothing.
+        parts = [part for part in parts if part.item.is_last]
         return self._compute_static(plan, parts, self.bucket_for(plan, parts), meanwhile)
 
     def serves(self, plan: StepPlan) -> bool:
@@ -127,23 +132,27 @@ class GraphRunner:
         items = plan.items
         if not all(_is_static(item) for item in items) or len(items) > REQUESTS[-1]:
             return False
-        growing = [item for item in items if item.max_tree_nodes > 1]
+        if not any(item.is_last for item in items):
+            # Nothing is chosen, so nothing is waited for.
+            return False
+        decoding = [item for item in items if _decodes(item)]
+        growing = [item for item in decoding if item.max_tree_nodes > 1]
         if not growing:
             return True
-        if self.drafter is None or not all(_has_whole_context(item) for item in items):
+        if self.drafter is None or not all(_has_whole_context(item) for item in decoding):
             return False
         if max(item.max_tree_nodes for item in growing) > NODES[-1] or plan.tree_budget > ROWS_PER_BUCKET[-1]:
             return False
         # Trees with a price and trees without one are built apart.
         is_priced = self._budget().maps is not None and any(item.is_priced for item in growing)
-        return not (is_priced and any(item.is_forced for item in items))
+        return not (is_priced and any(item.is_forced for item in decoding))
 
     def bucket_for(self, plan: StepPlan, parts: Sequence[StaticPart]) -> Bucket:
-        """The smallest bucket that holds a plan that is served."""
+        """The smallest bucket that holds the requests that choose a token in a plan that is served."""
         nodes = _at_least(NODES, max(part.num_nodes for part in parts))
         requests = _at_least(REQUESTS, len(parts))
         rows = requests if nodes == 1 else _at_least(ROWS_PER_BUCKET, max(plan.tree_budget, len(parts)))
-        params = [item.request.params for item in plan.items]
+        params = [part.item.request.params for part in parts]
         has_filters = any(not p.is_greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0) for p in params)
         wants_taps = self.drafter is not None and any(item.keeps_context for item in plan.items)
         return Bucket(
@@ -159,29 +168,37 @@ class GraphRunner:
             has_price=nodes > 1 and plan.row_costs is not None,
         )
 
-    def _recorded(self, bucket: Bucket) -> _Recorded:
+    def _bucket(self, bucket: Bucket, *, is_replayed: bool) -> _Recorded:
         found = self._steps.get(bucket)
         if found is None:
             step = StaticStep(bucket, self.target, self.drafter)
             inputs = StaticInputs(step, self.target.scratch_slot // self.target.page_size)
-            step.inputs.upload()
-            found = self._steps[bucket] = _Recorded(step, inputs, self._recorder.record(step.run))
+            found = self._steps[bucket] = _Recorded(step=step, inputs=inputs)
+        if is_replayed and found.replay is None:
+            found.inputs.clear()
+            found.replay = self._recorder.record(found.step.run)
         return found
 
     def _compute_static(
         self, plan: StepPlan, parts: Sequence[StaticPart], bucket: Bucket, meanwhile: Callable[[], None]
     ) -> StepOutcome:
-        recorded = self._recorded(bucket)
+        chunks = [item for item in plan.items if not _decodes(item)]
+        recorded = self._bucket(bucket, is_replayed=not chunks)
         step = recorded.step
         self.on_stage("draft")
         if bucket.has_trees and self.drafter is not None:
             # Behind a prompt: what waits is projected now, and from here on the steps do it.
-            self.drafter.absorb([item.request for item in plan.items if item.keeps_context])
-        budget = min(bucket.num_rows, max(plan.tree_budget, len(parts)))
-        recorded.inputs.write(plan, parts, head_depth=self._head_depth(parts), budget=budget, maps=self._budget().maps)
+            self.drafter.absorb([item.request for item in plan.items if item.keeps_context and _decodes(item)])
+        recorded.inputs.write(
+            plan,
+            parts,
+            head_depth=self._head_depth(parts),
+            budget=min(bucket.num_rows, max(plan.tree_budget - len(chunks), len(parts))),
+            maps=self._budget().maps,
+        )
         step.inputs.upload()
         self.on_stage("verify")
-        recorded.replay()
+        taps = self._launch(recorded, chunks, parts)
         step.outputs.begin_download()
         try:
             meanwhile()
@@ -189,18 +206,55 @@ class GraphRunner:
             # The step's one wait for the device.
             self.on_stage("accept")
             step.outputs.wait()
+        self._keep_prompts(chunks, taps)
         out = step.outputs.host
         lengths, nodes, tokens = (out[name].tolist() for name in ("lengths", "nodes", "token_ids"))
-        paths: list[AcceptedPath | None] = []
-        for i, item in enumerate(plan.items):
-            paths.append(AcceptedPath(nodes=nodes[i][: lengths[i]], token_ids=tokens[i][: lengths[i]]))
-            self._note_context(step, item, i, lengths[i], bucket)
-        self.num_static_steps += 1
+        trees = _trees(step, parts)
+        paths: dict[int, AcceptedPath] = {}
+        for i, part in enumerate(parts):
+            request = part.item.request
+            paths[request.arrival] = AcceptedPath(nodes=nodes[i][: lengths[i]], token_ids=tokens[i][: lengths[i]])
+            if not part.is_prompt:
+                self._note_context(step, part.item, i, lengths[i], bucket)
         self.on_stage("commit")
-        return StepOutcome(trees=_trees(step, plan), paths=paths)
+        arrivals = [item.request.arrival for item in plan.items]
+        roots = [DraftTree.root_only(item.request.token_ids[-1]) for item in plan.items]
+        return StepOutcome(
+            trees=[trees.get(arrival, root) for arrival, root in zip(arrivals, roots, strict=True)],
+            paths=[paths.get(arrival) for arrival in arrivals],
+        )
+
+    def _launch(
+        self, recorded: _Recorded, chunks: Sequence[ScheduledRequest], parts: Sequence[StaticPart]
+    ) -> torch.Tensor | None:
+        """Queues a step; beside prompts one launch at a time. Taps of the prompts' rows, where any are wanted."""
+        if not chunks:
+            assert recorded.replay is not None
+            recorded.replay()
+            self.num_static_steps += 1
+            return None
+        places = {part.item.request.arrival: i for i, part in enumerate(parts)}
+        prompts = prompt_rows(
+            chunks,
+            [places.get(item.request.arrival) for item in chunks],
+            num_requests=recorded.step.bucket.num_requests,
+            page_size=self.target.page_size,
+            device=self.target.device,
+        )
+        self.num_mixed_steps += 1
+        return recorded.step.run(prompts)
+
+    def _keep_prompts(self, chunks: Sequence[ScheduledRequest], taps: torch.Tensor | None) -> None:
+        """Fused vectors of the prompts whose draft context goes on; they wait until somebody drafts."""
+        if taps is None or self.drafter is None:
+            return
+        for item, part in zip(chunks, self.drafter.fuse(taps).split([c.num_rows for c in chunks]), strict=True):
+            if item.keeps_context:
+                kept = part[item.request.keep_context(item.num_rows) :]
+                item.request.pending_fused += [kept] if len(kept) else []
 
     def _note_context(self, step: StaticStep, item: ScheduledRequest, row: int, num_kept: int, bucket: Bucket) -> None:
-        """What became of the draft context of a request."""
+        """What became of the draft context of a request that decodes."""
         if self.drafter is None or not item.keeps_context:
             return
         request = item.request
@@ -245,31 +299,32 @@ def serve_from_graphs(engine: Engine, *, max_len: int, recorder: Recorder) -> Gr
     return runner
 
 
-def _trees(step: StaticStep, plan: StepPlan) -> list[DraftTree]:
-    """The trees of a step, as its outputs have them."""
+def _trees(step: StaticStep, parts: Sequence[StaticPart]) -> dict[int, DraftTree]:
+    """The trees of a step, as its outputs have them, by the arrival of requests that decode."""
     if not step.bucket.has_trees:
-        return [DraftTree.root_only(item.request.token_ids[-1]) for item in plan.items]
+        return {}
     host = {name: step.outputs.host[f"tree_{name}"].numpy() for name in TREE_COLUMNS}
     counts = step.outputs.host["counts"].tolist()
-    return [
-        DraftTree(**{name: column[i, : counts[i]].tolist() for name, column in host.items()})
-        for i in range(len(plan.items))
-    ]
+    return {
+        part.item.request.arrival: DraftTree(**{name: column[i, : counts[i]].tolist() for name, column in host.items()})
+        for i, part in enumerate(parts)
+        if not part.is_prompt
+    }
+
+
+def _decodes(item: ScheduledRequest) -> bool:
+    """A single token or a tree; otherwise a prompt chunk."""
+    return item.num_rows == 1 and item.is_last
 
 
 def _is_static(item: ScheduledRequest) -> bool:
-    """A single token or a tree, of a request that asks for nothing that the host must compute."""
+    """Of a request that asks for nothing that the host must compute."""
     request, params = item.request, item.request.params
+    if wants_prompt_logprobs(item):
+        return False
     has_barred = params.min_tokens > request.num_output
     changes = has_penalties(params) or bool(params.logit_bias) or has_barred
-    return (
-        item.num_rows == 1
-        and item.is_last
-        and params.logprobs is None
-        and not params.speculation.include_trees
-        and not wants_prompt_logprobs(item)
-        and not changes
-    )
+    return not item.is_last or (params.logprobs is None and not params.speculation.include_trees and not changes)
 
 
 def _has_whole_context(item: ScheduledRequest) -> bool:

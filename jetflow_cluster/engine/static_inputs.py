@@ -56,15 +56,25 @@ class StaticInputs:
         host["anchor_ids"][:num] = [request.token_ids[-1] for request in requests]
         host["context_lens"][:num] = [part.context_len for part in parts]
         host["numbers"][:num, 1] = [len(request.token_ids) for request in requests]
-        host["has_context"][:num] = [part.item.keeps_context for part in parts]
+        host["has_context"][:num] = [part.item.keeps_context and not part.is_prompt for part in parts]
         host["limits"][:num] = [
-            (part.num_nodes, part.num_depths(head_depth), part.width, part.item.bias) for part in parts
+            (0, 0, 0, 0)
+            if part.is_prompt
+            else (part.num_nodes, part.num_depths(head_depth), part.width, part.item.bias)
+            for part in parts
         ]
         host["budget"][0] = budget
         if bucket.has_lookup:
             write_guesses(host, parts, head_depth)
         if bucket.has_price:
             self._write_price(plan, requests, maps)
+
+    def clear(self) -> None:
+        """Rows that stand for nobody, on the device as well."""
+        for row in range(self._num_rows):
+            self._let_go(row)
+        self._num_rows = 0
+        self._step.inputs.upload()
 
     def _hold(self, row: int, request: Request) -> None:
         """Pages of a running request only grow, so of a row that held the same request the new ones are written."""

@@ -20,9 +20,14 @@ class StaticPart:
     look: Look | None
 
     @property
+    def is_prompt(self) -> bool:
+        """It ends a prompt: a token is chosen, and no tree built."""
+        return self.item.num_rows > 1
+
+    @property
     def context_len(self) -> int:
-        """Tokens before the anchor."""
-        return self.item.request.num_computed + self.item.num_rows - 1
+        """Tokens before the anchor; 0 for a prompt's end, whose rows lie elsewhere."""
+        return 0 if self.is_prompt else self.item.request.num_computed
 
     @property
     def is_alone(self) -> bool:

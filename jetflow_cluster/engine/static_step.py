@@ -16,6 +16,7 @@ from jetflow_cluster.engine.device_builder import value_table
 from jetflow_cluster.engine.device_calibration import calibrate_on_device
 from jetflow_cluster.engine.device_lookup import mix_on_device
 from jetflow_cluster.engine.draft_runner import HeadDrafter
+from jetflow_cluster.engine.prompt_rows import PromptRows
 from jetflow_cluster.engine.staging import Fields, Staging
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.engine.value_model import NUM_DEPTHS, NUM_KNOTS
@@ -135,7 +136,7 @@ class StaticStep:
         self.outputs = Staging(output_fields(bucket, self._num_levels), target.device)
         #: Fused hidden vectors of the roots where there are no trees, ``[num_requests, hidden_size]``, in the order of
         #: the requests.
-        self.fused: torch.Tensor | None = None
+        self.fused = drafter.empty_fused(bucket.num_requests if not bucket.has_trees else 0) if drafter else None
         #: As the last step left them.
         self.trees = self._tree_buffers()
         self._prepare_rows()
@@ -198,7 +199,8 @@ class StaticStep:
         walk = WalkBuffers.allocate(
             num_requests=bucket.num_requests,
             num_levels=self._num_levels,
-            num_rows=bucket.num_rows,
+            # Ends of prompts choose as well.
+            num_rows=bucket.num_rows + bucket.num_requests,
             vocab_size=self._vocab_size,
             is_processed=bucket.has_filters,
             device=device,
@@ -212,13 +214,18 @@ class StaticStep:
         )
         self._levels = torch.arange(self._num_levels, device=device)
 
-    def run(self) -> None:
-        """All launches, in order. Reads and writes nothing but tensors of fixed sizes on the device."""
+    def run(self, prompts: PromptRows | None = None) -> torch.Tensor | None:
+        """All launches, in order. Reads and writes nothing but tensors on the device, without prompts of fixed sizes.
+
+        Returns:
+            taps of the prompts' rows, or None where there are none.
+        """
         with torch.inference_mode():
             self._build(self._draft())
-            logits, taps = self._verify()
-            self._accept(logits)
+            logits, taps = self._verify(prompts)
+            self._accept(logits, prompts)
             self._commit(taps)
+        return None if taps is None or prompts is None else taps[self.bucket.num_rows :]
 
     def _sampling_table(self) -> SamplingTable:
         inputs, requests = self.inputs.device, self.bucket.num_requests
@@ -330,25 +337,29 @@ class StaticStep:
             tile_rows=self._tile_rows,
         )
 
-    def _verify(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _verify(self, prompts: PromptRows | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch = ForwardBatch(
             token_ids=self._layout.token_ids,
             positions=self._layout.positions,
             slot_mapping=self._layout.slot_mapping,
             attention=self._attention,
         )
+        batch = batch if prompts is None else prompts.behind(batch)
         reads_taps = self.drafter is not None and (self.bucket.has_trees or self.bucket.has_taps)
         tap_ids = self.drafter.tap_layer_ids if self.drafter is not None and reads_taps else ()
         hidden, taps = self.target.model.forward(batch, self.target.kv, tap_ids)
+        hidden = hidden if prompts is None else prompts.choosing(hidden, self.bucket.num_rows)
         return self.target.model.compute_logits(hidden), taps
 
-    def _accept(self, logits: torch.Tensor) -> None:
-        trees = self.trees
+    def _accept(self, logits: torch.Tensor, prompts: PromptRows | None) -> None:
+        trees, counts, first_rows = self.trees, self.trees.counts, self.trees.row_start
+        if prompts is not None:
+            counts, first_rows = prompts.roots(counts, first_rows, self.bucket.num_rows)
         verified = VerifiedTrees(
             token_ids=trees.token_ids,
             parents=trees.parents,
-            counts=trees.counts,
-            first_rows=trees.row_start,
+            counts=counts,
+            first_rows=first_rows,
             logits=logits,
         )
         accept_tree(verified, self._table, self._walk)
@@ -359,7 +370,8 @@ class StaticStep:
         if not self.bucket.has_trees:
             if taps is not None:
                 assert self.drafter is not None
-                self.fused = self.drafter.fuse(taps[: self.bucket.num_requests])
+                assert self.fused is not None
+                self.fused.copy_(self.drafter.fuse(taps[: self.bucket.num_requests]))
             return
         assert taps is not None
         assert self.drafter is not None

@@ -11,7 +11,7 @@ from jetflow_cluster.layers.inference_module import InferenceModule
 from jetflow_cluster.layers.linear import Piece, QkvLinear, RowParallelLinear
 from jetflow_cluster.parallel.tp_group import TpGroup
 from jetflow_kernels.qk_norm_rope_store import qk_norm_rope_store
-from jetflow_kernels.tree_attention import StaticAttention, TreeAttentionPlan, tree_attention
+from jetflow_kernels.tree_attention import AttentionPlan, tree_attention
 
 
 class PagedAttention(InferenceModule):
@@ -46,7 +46,7 @@ class PagedAttention(InferenceModule):
         cos: torch.Tensor,
         sin: torch.Tensor,
         slot_mapping: torch.Tensor,
-        plan: TreeAttentionPlan | StaticAttention,
+        plan: AttentionPlan,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
     ) -> torch.Tensor:

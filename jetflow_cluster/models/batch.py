@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jetflow_kernels.tree_attention import StaticAttention, TreeAttentionPlan
+from jetflow_kernels.tree_attention import AttentionPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class ForwardBatch:
     #: int64 ``[T]``: ``page * page_size + offset`` where a row's K and V go.
     slot_mapping: torch.Tensor
     #: Who sees whom.
-    attention: TreeAttentionPlan | StaticAttention
+    attention: AttentionPlan
 
 
 def layer_pages(kv: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -151,11 +151,12 @@ def test_one_wait_per_step_behind_the_work(
     for request in requests_of(llm, 1):
         llm.engine.add(request)
     while llm.engine.has_work:
-        before, num_static = len(events), runner.num_static_steps
+        before, num_before = len(events), runner.num_static_steps + runner.num_mixed_steps
         llm.engine.step()
-        if runner.num_static_steps > num_static:
+        if runner.num_static_steps + runner.num_mixed_steps > num_before:
             assert [e for e in events[before:] if e != "upload"] == ["begin_download", "prepare", "wait"]
     assert runner.num_static_steps > 5
+    assert runner.num_mixed_steps > 1
 
 
 def test_a_step_that_fails_in_flight_ends_its_requests_once(tiny_target_dir: Path, tiny_head_dir: Path) -> None:

@@ -15,10 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
 from jetflow_cluster.engine import static_step
 from jetflow_cluster.engine.budget import FixedBudget
+from jetflow_cluster.engine.device_builder import value_table
 from jetflow_cluster.engine.graph_runner import GraphRunner
+from jetflow_cluster.engine.prompt_rows import PromptRows
 from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, Source, StepPlan, StepRecord
 from jetflow_cluster.engine.request import Request
+from jetflow_cluster.engine.static_step import StaticStep
 from jetflow_cluster.engine.value_model import ValueModel
+from jetflow_cluster.layers import attention
 from jetflow_cluster.tree import device_tables
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.build import CandidateTable
@@ -102,6 +106,7 @@ def test_same_tokens_as_eager_steps(eager: LLM, static: tuple[LLM, GraphRunner],
     expected = run_joining(eager, given)
     assert run_joining(llm, given) == expected
     assert runner.num_static_steps > 10
+    assert runner.num_mixed_steps > 3
     buckets = list(runner._steps)
     assert len({bucket.num_requests for bucket in buckets}) > 1
     assert len({bucket.num_nodes for bucket in buckets}) > 1
@@ -282,6 +287,43 @@ class Guarded:
             self.sequences.setdefault(id(launches.__self__), set()).add(tuple(self.guard.seen))  # type: ignore[attr-defined]
 
         return replay
+
+
+@pytest.mark.parametrize("kind", ["greedy", "filtered", "priced"])
+def test_a_step_beside_prompts_touches_no_host(
+    tiny_target_dir: Path, tiny_head_dir: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    is_priced = kind == "priced"
+    options = {"context_lookup": is_priced, "max_prompt_chunk": 6}
+    llm = LLM(**engine_options(tiny_target_dir, tiny_head_dir) | options)
+    if is_priced:
+        llm.engine.scheduler.budget = LearningBudget()
+    runner = make_static(llm)
+    guard = NoHost()
+    refuse_host(monkeypatch, guard)
+    # Of the prompts' attention the plan is made at the first layer, from what the host knows.
+    monkeypatch.setattr(attention, "tree_attention", _one_launch(attention.tree_attention, guard))
+    value_table(torch.device("cpu"))
+    run, num_guarded = StaticStep.run, 0
+
+    def run_guarded(step: StaticStep, prompts: PromptRows | None = None) -> torch.Tensor | None:
+        nonlocal num_guarded
+        if prompts is None:
+            return run(step)
+        num_guarded += 1
+        guard.is_on = True
+        try:
+            with guard:
+                return run(step, prompts)
+        finally:
+            guard.is_on = False
+
+    monkeypatch.setattr(StaticStep, "run", run_guarded)
+    given = requests_of(5, "greedy" if is_priced else kind, num=5)
+    if is_priced:
+        given = [(prompt * 3, replace(p, speculation=SpeculationOptions())) for prompt, p in given]
+    run_joining(llm, given)
+    assert num_guarded == runner.num_mixed_steps > 5
 
 
 @pytest.mark.parametrize("kind", ["greedy", "mixed", "filtered", "priced"])

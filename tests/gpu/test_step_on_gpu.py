@@ -9,7 +9,7 @@ from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.graph_runner import GraphRunner
 from jetflow_cluster.engine.planned_memory import plan_memory
-from jetflow_cluster.types import RequestOutput
+from jetflow_cluster.types import FinishReason, RequestOutput
 
 PROMPTS = [
     "def quicksort(items):",
@@ -59,6 +59,32 @@ def test_lookups_in_replayed_steps_change_no_token() -> None:
     expected, found = (llm.generate(repeating, params) for llm in (eager, graphed))
     assert tokens_of(found) == tokens_of(expected)
     assert [o.speculation for o in found] == [o.speculation for o in expected]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_nothing_but_the_outcome_is_waited_for(temperature: float) -> None:
+    """Requests come in one by one, so that prompts stand beside trees. The second time every bucket is there."""
+    llm = LLM(device="cuda", dtype="float32", **OPTIONS)
+    engine, runner = llm.engine, llm.engine.compute.__self__
+    assert isinstance(runner, GraphRunner)
+    for is_strict in (False, True):
+        waiting = [
+            llm.frontend.make_request(*one)
+            for one in zip(("a", "b", "c"), PROMPTS, params_of(temperature), strict=False)
+        ]
+        before = (runner.num_static_steps, runner.num_mixed_steps)
+        while waiting or engine.has_work:
+            if waiting:
+                engine.add(waiting.pop(0))
+            # An event's end is waited for all the same; this refuses waits for all that is queued.
+            torch.cuda.set_sync_debug_mode("error" if is_strict else "default")
+            try:
+                deltas = engine.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert all(delta.finish_reason is not FinishReason.ERROR for delta in deltas)
+        assert runner.num_static_steps > before[0] + 5
+        assert runner.num_mixed_steps >= before[1] + 3
 
 
 def test_auto_learns_from_replayed_steps() -> None:

@@ -7,7 +7,7 @@ import torch
 from jetflow_kernels.shipped import DTYPES, runs_triton
 from jetflow_kernels.tree_attention.cpu import tree_attention_cpu
 from jetflow_kernels.tree_attention.plan import TreeAttentionPlan
-from jetflow_kernels.tree_attention.static import StaticAttention, static_attention_torch
+from jetflow_kernels.tree_attention.static import JoinedAttention, StaticAttention, static_attention_torch
 
 _HALF = (torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
@@ -19,7 +19,7 @@ def _is_for_triton(q: torch.Tensor, k_pages: torch.Tensor) -> bool:
 
 
 def tree_attention(
-    plan: TreeAttentionPlan | StaticAttention,
+    plan: TreeAttentionPlan | StaticAttention | JoinedAttention,
     q: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
@@ -29,7 +29,7 @@ def tree_attention(
     """Attention of every row to its request's context, itself and its ancestors.
 
     Args:
-        plan: of this batch, or tensors that the device fills; the same one serves all layers.
+        plan: of this batch, or tensors that the device fills, or both, joined; the same one serves all layers.
         q: ``[T, num_heads, head_dim]`` in fp64, fp32, bf16 or fp16; rows may be strided.
         k_pages: ``[num_pages, page_size, num_kv_heads, head_dim]``, contiguous, on q's device, of q's dtype or, beside
             a half q, fp32; K of the batch's own rows is stored already. Slots that no row may see are never read into a
@@ -62,6 +62,10 @@ def tree_attention(
             f"q is {q.dtype} on {q.device}, k_pages {k_pages.dtype} on {k_pages.device}, "
             f"v_pages {v_pages.dtype} on {v_pages.device}"
         )
+    if isinstance(plan, JoinedAttention):
+        rows, behind = q.split((plan.first.num_rows, plan.second.num_rows))
+        first = tree_attention(plan.first, rows, k_pages, v_pages, scale=scale)
+        return torch.cat((first, tree_attention(plan.second, behind, k_pages, v_pages, scale=scale)))
     if isinstance(plan, StaticAttention):
         if not _is_for_triton(q, k_pages):
             return static_attention_torch(plan, q, k_pages, v_pages, scale=scale)

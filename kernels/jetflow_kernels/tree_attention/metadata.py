@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from jetflow_kernels.tree_attention.plan import TreeAttentionPlan
+from jetflow_kernels.upload import upload
 
 #: How rows see the rows of their own request.
 TREE, CHAIN, ALL = 0, 1, 2
@@ -95,10 +96,11 @@ class TreeAttentionMetadata:
         tiles += [(-1, 0)] * (self.capacity.num_tiles - len(tiles))
         modes = [ALL if plan.bidirectional else CHAIN if chain else TREE for chain in plan.is_chain]
         requests = list(zip(plan.query_start[:-1], plan.query_lens, plan.context_lens, modes, strict=True))
-        self.tiles.copy_(torch.tensor(tiles, dtype=torch.int32))
-        self.requests[: len(requests)].copy_(torch.tensor(requests, dtype=torch.int32))
+        device = self.tiles.device
+        self.tiles.copy_(upload(torch.tensor(tiles, dtype=torch.int32), device))
+        self.requests[: len(requests)].copy_(upload(torch.tensor(requests, dtype=torch.int32), device))
         pages = plan.page_table
         self.page_table[: pages.shape[0], : pages.shape[1]].copy_(pages)
         if TREE in modes:
             bits = plan.ancestor_bits
-            self.ancestor_bits[: bits.shape[0], : bits.shape[1]].copy_(bits)
+            self.ancestor_bits[: bits.shape[0], : bits.shape[1]].copy_(upload(bits, device))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from jetflow_kernels.tree_attention.metadata import CHAIN, TREE, Capacity, TreeAttentionMetadata
+from jetflow_kernels.tree_attention.plan import TreeAttentionPlan
 from jetflow_kernels.tree_attention.tuning import choose_splits, choose_tile
 
 
@@ -22,6 +23,24 @@ class StaticAttention:
     #: KV slots per page.
     page_size: int
     metadata: TreeAttentionMetadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedAttention:
+    """Rows that the device lays out, then rows of a batch that the host knows, such as prompt chunks."""
+
+    first: StaticAttention
+    second: TreeAttentionPlan
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of both."""
+        return self.first.num_rows + self.second.num_rows
+
+    @property
+    def page_size(self) -> int:
+        """KV slots per page, of both."""
+        return self.first.page_size
 
 
 @dataclass(frozen=True, kw_only=True)
