@@ -71,7 +71,7 @@ def _match(item: ScheduledRequest) -> ContextMatch | None:
         request.context_index = ContextIndex()
     match = request.context_index.match(request.token_ids, min(item.max_depth, MAX_LOOKUP_DEPTH))
     request.lookup_pause = 0 if match is not None and match.length >= item.least_match else _PAUSE
-    return match
+    return None if match is None else match.cut()
 
 
 def _mixed(item: ScheduledRequest, table: CandidateTable | None, look: Look | None) -> CandidateTable | None:

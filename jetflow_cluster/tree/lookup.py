@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ MAX_MATCH = 32
 LONE_MATCH = 6
 #: Earlier places with the same last three tokens that are compared, the latest first.
 _MAX_PLACES = 24
+#: Guesses less probable than this, by their weights and those above them, are not worth their place in a table.
+_LEAST_CHANCE = 0.01
 #: Least match of each row of `LOOKUP_WEIGHTS`.
 MATCH_BOUNDS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 
@@ -36,6 +38,11 @@ class ContextMatch:
     length: int
     #: What followed there, as many tokens as were asked for; a repetition goes on repeating.
     token_ids: list[int]
+
+    def cut(self) -> ContextMatch:
+        """Without the guesses that are worth nothing."""
+        reach = _WEIGHTS[_row_of(self)].reach
+        return self if reach >= len(self.token_ids) else replace(self, token_ids=self.token_ids[:reach])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,9 +244,11 @@ class _Weights:
 
     shares: np.ndarray
     fixed: np.ndarray
+    #: Guesses that are worth something, the first ones.
+    reach: int
 
 
 _WEIGHTS = [
-    _Weights(shares=shares, fixed=_fixed(shares))
+    _Weights(shares=shares, fixed=_fixed(shares), reach=int((np.cumprod(shares) >= _LEAST_CHANCE).sum()))
     for shares in (np.array([row[min(d, len(row) - 1)] for d in range(MAX_LOOKUP_DEPTH)]) for row in LOOKUP_WEIGHTS)
 ]
