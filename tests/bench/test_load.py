@@ -145,6 +145,7 @@ def test_the_engine_under_load(tiny_target_dir: Path, tiny_head_dir: Path, tmp_p
     assert [row["system"] for row in rows] == ["off", "auto", "4", "transformers"]
     assert all(row["share_same_outputs"] == 1.0 for row in rows)
     assert all(row["ratio_to_off"] > 0 and row["num_rounds"] == 2 for row in rows)
+    assert all(0 < row["planning_share"] < 1 for row in rows[:3]) and rows[3]["planning_share"] is None
     assert {file.name for file in tmp_path.iterdir()} >= {"results.json", "load.md", "load.png"}
 
 

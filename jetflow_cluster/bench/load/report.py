@@ -19,10 +19,10 @@ def load_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows for a terminal."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("system")
-    for title in ("load", "tok/s", "each", "first, ms", "to off", "90 %", "to best", "90 %", "tok/step"):
+    for title in ("load", "tok/s", "each", "first, ms", "to off", "90 %", "to best", "90 %", "tok/step", "plan"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        length = row["mean_acceptance_length"]
+        length, share = row["mean_acceptance_length"], row.get("planning_share")
         table.add_row(
             row["system"],
             f"{row['level']:g}" + ("" if row["loop"] == "closed" else "/s"),
@@ -32,6 +32,7 @@ def load_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             *_ratio(row, "off"),
             *_ratio(row, "best_fixed"),
             "-" if length is None else f"{length:.2f}",
+            "-" if share is None else f"{100 * share:.1f} %",
             style="bold" if row["system"] == "auto" else None,
         )
     return table

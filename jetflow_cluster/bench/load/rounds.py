@@ -142,6 +142,7 @@ def _sample(plan: LoadPlan, level: float, index: int, name: str, run: LoadRun, r
         "first_s": round(statistics.median(firsts), 6),
         "first_p95_s": round(firsts[min(len(firsts) - 1, int(0.95 * len(firsts)))], 6),
         "mean_acceptance_length": round(1 + num_accepted / num_steps, 4) if num_steps else None,
+        "planning_share": round(run.planning_share, 5) if run.planning_share is not None else None,
         "num_requests": len(run.outcomes),
         "num_same_outputs": same,
     }

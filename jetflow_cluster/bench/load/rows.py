@@ -52,6 +52,7 @@ def _row(
 ) -> dict[str, Any]:
     found = list(rounds.values())
     lengths = [s["mean_acceptance_length"] for s in found if s["mean_acceptance_length"] is not None]
+    shares = [share for s in found if (share := s.get("planning_share")) is not None]
     row: dict[str, Any] = {
         "name": f"{name}, {level:g} at a time" if loop == "closed" else f"{name}, {loop} {level:g}/s",
         "system": name,
@@ -63,6 +64,7 @@ def _row(
         "first_s": round(_median(found, "first_s"), 5),
         "first_p95_s": round(_median(found, "first_p95_s"), 5),
         "mean_acceptance_length": round(statistics.fmean(lengths), 4) if lengths else None,
+        "planning_share": round(statistics.median(shares), 5) if shares else None,
         "share_same_outputs": round(
             sum(s["num_same_outputs"] for s in found) / sum(s["num_requests"] for s in found), 4
         ),

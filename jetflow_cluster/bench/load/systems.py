@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ from jetflow_cluster.types import SamplingParams, SpeculationMode, SpeculationOp
 
 #: Seconds for one request over a network.
 _TIMEOUT_S = 600.0
+#: What lies between an engine's steps.
+_BETWEEN = "between"
 
 
 class LoadSystem(Protocol):
@@ -65,6 +67,8 @@ class EngineLoad:
         arrived, ended = ({request.request_id: 0.0 for request in made} for _ in range(2))
         emitted: dict[str, list[tuple[float, float]]] = {request.request_id: [] for request in made}
         waiting, num_running = deque(made), 0
+        stages = _Stages()
+        unwatched, engine.on_stage = engine.on_stage, stages.begin
         began = time.perf_counter()
         try:
             while waiting or num_running:
@@ -74,6 +78,7 @@ class EngineLoad:
                     engine.add(request)
                     num_running += 1
                 deltas = engine.step()
+                stages.begin(_BETWEEN)
                 now = time.perf_counter()
                 for delta in deltas:
                     emitted[delta.request_id].append((now - began, len(delta.token_ids)))
@@ -81,6 +86,7 @@ class EngineLoad:
                         ended[delta.request_id] = now
                         num_running -= 1
         finally:
+            engine.on_stage = unwatched
             for request in made:
                 engine.abort(request.request_id)
         seconds = time.perf_counter() - began
@@ -99,7 +105,31 @@ class EngineLoad:
                     num_accepted=output.speculation.num_accepted_tokens,
                 )
             )
-        return LoadRun(seconds=seconds, outcomes=tuple(outcomes), num_concurrent=num_concurrent)
+        return LoadRun(
+            seconds=seconds,
+            outcomes=tuple(outcomes),
+            num_concurrent=num_concurrent,
+            planning_share=stages.share("schedule", "build"),
+        )
+
+
+class _Stages:
+    """Seconds of an engine's stages."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._name, self._began = _BETWEEN, time.perf_counter()
+
+    def begin(self, name: str) -> None:
+        """A stage begins, and with it the one before ends."""
+        now = time.perf_counter()
+        self._seconds[self._name] += now - self._began
+        self._name, self._began = name, now
+
+    def share(self, *names: str) -> float:
+        """Of these in all steps."""
+        total = sum(seconds for name, seconds in self._seconds.items() if name != _BETWEEN)
+        return sum(self._seconds[name] for name in names) / total
 
 
 class TransformersLoad:

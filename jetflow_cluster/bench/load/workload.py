@@ -49,6 +49,8 @@ class LoadRun:
     outcomes: tuple[Outcome, ...]
     #: Requests at a time, in a closed loop; None in an open one.
     num_concurrent: int | None = None
+    #: Part of the steps' time in which requests were scheduled, nodes priced and trees built; None where none is told.
+    planning_share: float | None = None
 
     @property
     def held_s(self) -> float:
