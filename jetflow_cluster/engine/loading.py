@@ -26,7 +26,7 @@ from jetflow_cluster.engine.resolve import (
     compute_draft_dtype,
     compute_dtype,
     max_model_len,
-    uses_graphs,
+    why_no_graphs,
 )
 from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner
@@ -111,8 +111,11 @@ def load_engine(
     )
     runner = parts.runner(config.page_size, channel)
     engine = Engine(runner, drafter, scheduler, prefix_cache=prefix_cache, lookup=lookup, tree_builder=tree_builder)
-    has_own_trees = drafter_factory is None and tree_builder is None
-    if uses_graphs(config, target.device) and has_own_trees:
+    reason = why_no_graphs(config, target.device)
+    if drafter_factory is not None or tree_builder is not None:
+        reason = reason or "guesses or trees come from elsewhere"
+    _log.info("steps are %s", "replayed from CUDA graphs" if reason is None else f"computed launch by launch: {reason}")
+    if reason is None:
         serve_from_graphs(engine, max_len=parts.max_model_len, recorder=CudaGraphs(target.device))
     return LoadedEngine(
         engine=engine,

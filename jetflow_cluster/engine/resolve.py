@@ -63,6 +63,19 @@ def max_model_len(config: EngineConfig, target: TargetConfig) -> int:
     return config.max_model_len or limit
 
 
+def why_no_graphs(config: EngineConfig, device: torch.device) -> str | None:
+    """Why no step of an engine is replayed from a CUDA graph; None where steps are."""
+    if device.type != "cuda":
+        return f"device = {device.type}: only CUDA records graphs"
+    if not config.cuda_graphs:
+        return "cuda_graphs = False"
+    if config.tensor_parallel_size > 1:
+        # Collectives over Gloo run on the host. Over NCCL they may be recorded, but rank 0 announces each pass by
+        # itself, and a recorded step is one pass.
+        return f"tensor_parallel_size = {config.tensor_parallel_size}: passes of several ranks are announced one by one"
+    return None
+
+
 def uses_graphs(config: EngineConfig, device: torch.device) -> bool:
-    """True when steps without prompt chunks are replayed: on CUDA, in an engine of one rank."""
-    return config.cuda_graphs and device.type == "cuda" and config.tensor_parallel_size == 1
+    """True when steps are replayed; see `why_no_graphs`."""
+    return why_no_graphs(config, device) is None

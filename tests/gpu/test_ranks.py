@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.frontend import EngineFrontend
+from jetflow_cluster.engine.graph_runner import CudaGraphs, GraphRunner
 from jetflow_cluster.parallel.tp_group import TpGroup
 from support.mixed_batches import make_requests, run_mixed
 from support.near_ties import assert_same_tokens
@@ -35,6 +36,32 @@ def test_two_ranks_in_fp64_without_exception(folders: tuple[Path, Path], oracle:
     assert found == [oracle.complete(p, s)[0] for p, s in zip(prompts, params, strict=True)]
 
 
+def test_nccl_collectives_in_a_graph(tmp_path: Path) -> None:
+    dist.init_process_group("nccl", rank=0, world_size=1, init_method=f"file://{tmp_path / 'store'}")
+    try:
+        given = torch.zeros(8, device="cuda")
+        reduced, gathered = torch.empty_like(given), torch.empty_like(given)
+
+        def launches() -> None:
+            reduced.copy_(given)
+            dist.all_reduce(reduced)
+            reduced.mul_(2.0)
+            dist.broadcast(reduced, 0)
+            dist.all_gather_into_tensor(gathered, reduced)
+
+        # The communicator is made by the first collective, which cannot be recorded.
+        launches()
+        torch.cuda.synchronize()
+        replay = CudaGraphs(torch.device("cuda", torch.cuda.current_device())).record(launches)
+        for value in (1.0, 3.0):
+            given.fill_(value)
+            replay()
+            torch.cuda.synchronize()
+            assert gathered.tolist() == [2.0 * value] * 8
+    finally:
+        dist.destroy_process_group()
+
+
 def test_nccl_with_one_rank(folders: tuple[Path, Path], tmp_path: Path) -> None:
     prompts, params = make_requests(6, max_tokens=12)
     expected = run_mixed(*folders, prompts, params, dtype="float32", draft_dtype="float32", device="cuda")
@@ -54,6 +81,9 @@ def test_nccl_with_one_rank(folders: tuple[Path, Path], tmp_path: Path) -> None:
             frontend.engine.add(request)
         while frontend.engine.has_work:
             frontend.engine.step()
+        runner = frontend.engine.compute.__self__
+        assert isinstance(runner, GraphRunner)
+        assert runner.num_static_steps > 0
         assert [r.output().token_ids for r in requests] == [output.token_ids for output in expected]
     finally:
         dist.destroy_process_group()

@@ -1,0 +1,43 @@
+"""Where steps are replayed from graphs, and that the log says where not."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from jetflow_cluster import LLM
+from jetflow_cluster.config import EngineConfig
+from jetflow_cluster.engine.resolve import uses_graphs, why_no_graphs
+from support.adversaries import NoDrafter
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "reason"),
+    [
+        pytest.param("cuda", {}, None, id="one-gpu"),
+        pytest.param("cuda:1", {}, None, id="another-gpu"),
+        pytest.param("cpu", {}, "device = cpu", id="cpu"),
+        pytest.param("cuda", {"cuda_graphs": False}, "cuda_graphs = False", id="switched-off"),
+        pytest.param("cuda", {"tensor_parallel_size": 2}, "tensor_parallel_size = 2", id="ranks"),
+        pytest.param("cpu", {"tensor_parallel_size": 2}, "device = cpu", id="ranks-on-a-cpu"),
+    ],
+)
+def test_rule(device: str, options: dict[str, Any], reason: str | None) -> None:
+    config = EngineConfig(**options)
+    found = why_no_graphs(config, torch.device(device))
+    assert uses_graphs(config, torch.device(device)) is (reason is None)
+    assert found is None if reason is None else found is not None and found.startswith(reason)
+
+
+@pytest.mark.parametrize("options", [{}, {"drafter_factory": lambda *_: NoDrafter()}], ids=["head", "other-drafter"])
+def test_the_log_says_it_once(
+    tiny_target: str, tiny_head: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    head = None if options else tiny_head
+    with caplog.at_level(logging.INFO, "jetflow_cluster"):
+        LLM(tiny_target, head, num_pages=16, tree_nodes={1: 1}, device="cpu", **options).generate([[1, 2]])
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("steps are")]
+    assert said == ["steps are computed launch by launch: device = cpu: only CUDA records graphs"]
