@@ -75,6 +75,23 @@ def mix_on_device(
     return ids, scores.scatter(2, o_row, new_row[:, :, None].to(torch.int32))
 
 
+def shared_on_device(
+    ids: torch.Tensor,
+    *,
+    guess_ids: torch.Tensor,
+    num_guesses: torch.Tensor,
+    num_own: torch.Tensor,
+    widths: torch.Tensor,
+) -> torch.Tensor:
+    """How many of each request's guesses, the first ones, are candidates too, int32 ``[R]``: what
+    `jetflow_cluster.tree.lookup.guess_of` counts on the host. Arguments as `mix_on_device`, which has not mixed yet."""
+    depths = min(ids.shape[1], guess_ids.shape[1])
+    o_d, o_w = torch.arange(depths, device=ids.device), torch.arange(ids.shape[2], device=ids.device)
+    is_candidate = (ids[:, :depths] == guess_ids[:, :depths, None]) & (o_w < widths[:, None, None])
+    is_shared = is_candidate.any(2) & (o_d < torch.minimum(num_own, num_guesses)[:, None])
+    return is_shared.int().cumprod(1).sum(1, dtype=torch.int32)
+
+
 def _below(values: torch.Tensor) -> torch.Tensor:
     """What each depth's value is to the next one, ``[R, D]``; zeros at the first."""
     return F.pad(values, (1, 0))[:, :-1]

@@ -15,14 +15,15 @@ from typing import Protocol
 import torch
 
 from jetflow_cluster.engine.batch import wants_prompt_logprobs
+from jetflow_cluster.engine.bucket import TREE_COLUMNS, Bucket
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.engine import Engine
 from jetflow_cluster.engine.lookup import ContextLookup
 from jetflow_cluster.engine.prompt_rows import prompt_rows
 from jetflow_cluster.engine.protocols import BudgetPolicy, Compute, ScheduledRequest, StepOutcome, StepPlan
 from jetflow_cluster.engine.static_inputs import StaticInputs
-from jetflow_cluster.engine.static_parts import StaticPart
-from jetflow_cluster.engine.static_step import TREE_COLUMNS, Bucket, StaticStep
+from jetflow_cluster.engine.static_parts import StaticPart, note_guesses
+from jetflow_cluster.engine.static_step import StaticStep
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.layers.sampling_row import has_penalties
 from jetflow_cluster.tree.accept import AcceptedPath
@@ -210,6 +211,8 @@ class GraphRunner:
         out = step.outputs.host
         lengths, nodes, tokens = (out[name].tolist() for name in ("lengths", "nodes", "token_ids"))
         trees = _trees(step, parts)
+        if bucket.has_lookup:
+            note_guesses(parts, out["num_shared"].tolist())
         paths: dict[int, AcceptedPath] = {}
         for i, part in enumerate(parts):
             request = part.item.request
@@ -324,7 +327,7 @@ def _is_static(item: ScheduledRequest) -> bool:
         return False
     has_barred = params.min_tokens > request.num_output
     changes = has_penalties(params) or bool(params.logit_bias) or has_barred
-    return not item.is_last or (params.logprobs is None and not params.speculation.include_trees and not changes)
+    return not item.is_last or (params.logprobs is None and not changes)
 
 
 def _has_whole_context(item: ScheduledRequest) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jetflow_cluster.engine.lookup import Look
 from jetflow_cluster.engine.protocols import ScheduledRequest, Source
-from jetflow_cluster.tree.lookup import guess_weights
+from jetflow_cluster.tree.lookup import ContextGuess, guess_weights
 
 
 @dataclass(frozen=True)
@@ -82,3 +82,12 @@ def write_guesses(host: Mapping[str, np.ndarray], parts: Sequence[StaticPart], h
         if tokens and part.look is not None:
             host["guess_ids"][i, : len(tokens)] = tokens
             host["guess_weights"][i, : len(tokens)] = guess_weights(part.look.match)
+
+
+def note_guesses(parts: Sequence[StaticPart], num_shared: Sequence[int]) -> None:
+    """Notes on requests whose trees are told what their own texts guessed, the first `num_shared` tokens as the head
+    did."""
+    for part, num in zip(parts, num_shared, strict=False):
+        if part.look is not None and part.item.request.params.speculation.include_trees:
+            own = num if part.asks_head else 0
+            part.item.request.context_guess = ContextGuess(token_ids=part.look.match.token_ids, num_shared=own)

@@ -7,19 +7,17 @@ Rows and requests that a batch lacks write to the scratch page, and nobody reads
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from jetflow_cluster.config import MAX_WIDTH
+from jetflow_cluster.engine.bucket import TREE_COLUMNS, Bucket, input_fields, output_fields
 from jetflow_cluster.engine.device_builder import value_table
 from jetflow_cluster.engine.device_calibration import calibrate_on_device
-from jetflow_cluster.engine.device_lookup import mix_on_device
+from jetflow_cluster.engine.device_lookup import mix_on_device, shared_on_device
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.prompt_rows import PromptRows
-from jetflow_cluster.engine.staging import Fields, Staging
+from jetflow_cluster.engine.staging import Staging
 from jetflow_cluster.engine.target_runner import TargetRunner
-from jetflow_cluster.engine.value_model import NUM_DEPTHS, NUM_KNOTS
 from jetflow_cluster.models.batch import ForwardBatch
 from jetflow_cluster.tree.build import MIN_SCORE
 from jetflow_cluster.tree.device_tables import DraftNoise, device_tables
@@ -29,82 +27,6 @@ from jetflow_kernels.build_tree import Candidates, RowLayout, TreeBuffers, TreeL
 from jetflow_kernels.commit_kv import commit_kv
 from jetflow_kernels.tree_attention import HeadLayout, block_attention, tree_rows_attention
 from jetflow_kernels.tree_attention.metadata import ALL, CHAIN
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bucket:
-    """Sizes and kinds of the steps that one sequence of launches serves."""
-
-    num_requests: int
-    #: Nodes of one tree, root included; 1 is no speculation.
-    num_nodes: int
-    #: Rows of all trees together.
-    num_rows: int
-    #: Pages of one request.
-    num_pages: int
-    #: Some request samples.
-    has_noise: bool
-    #: Some request has top-k, top-p or min-p.
-    has_filters: bool
-    #: Fused hidden vectors of the rows are wanted; always so with trees.
-    has_taps: bool
-    #: The draft head runs; without it trees hold what requests' own texts say.
-    has_head: bool = False
-    #: Guesses from requests' own texts are mixed in.
-    has_lookup: bool = False
-    #: Scores are calibrated, and trees are cut where they no longer pay.
-    has_price: bool = False
-
-    @property
-    def has_trees(self) -> bool:
-        """Some tree may hold more than its root."""
-        return self.num_nodes > 1
-
-
-def input_fields(bucket: Bucket) -> Fields:
-    """What the host writes before each step; see `StaticStep`."""
-    requests = bucket.num_requests
-    fields = {
-        "anchor_ids": ((requests,), torch.int64),
-        "context_lens": ((requests,), torch.int32),
-        "limits": ((requests, 4), torch.int32),
-        "budget": ((1,), torch.int32),
-        "has_context": ((requests,), torch.int32),
-        "page_table": ((requests, bucket.num_pages), torch.int32),
-        "numbers": ((requests, 5), torch.int64),
-        "factors": ((requests, 6), torch.float64),
-    }
-    if bucket.has_lookup:
-        fields |= {
-            "guess_ids": ((requests, MAX_LOOKUP_DEPTH), torch.int64),
-            "guess_weights": ((requests, MAX_LOOKUP_DEPTH), torch.float64),
-            "num_guesses": ((requests,), torch.int32),
-            "num_own": ((requests,), torch.int32),
-        }
-    if bucket.has_price:
-        fields |= {
-            "maps": ((2, NUM_DEPTHS, NUM_KNOTS), torch.int32),
-            "kinds": ((requests,), torch.int32),
-            "row_costs": ((bucket.num_rows + 1,), torch.int64),
-        }
-    return fields
-
-
-def output_fields(bucket: Bucket, num_levels: int) -> Fields:
-    """What the host reads behind each step; see `StaticStep`."""
-    requests, nodes = bucket.num_requests, bucket.num_nodes
-    trees = dict.fromkeys(TREE_COLUMNS, ((requests, nodes), torch.int32)) if bucket.has_trees else {}
-    return {
-        "nodes": ((requests, num_levels), torch.int32),
-        "token_ids": ((requests, num_levels), torch.int32),
-        "lengths": ((requests,), torch.int32),
-        "counts": ((requests,), torch.int32),
-        **{f"tree_{name}": field for name, field in trees.items()},
-    }
-
-
-#: Of `TreeBuffers`: what a tree is made of.
-TREE_COLUMNS = ("token_ids", "parents", "depths", "scores")
 
 
 class StaticStep:
@@ -118,6 +40,7 @@ class StaticStep:
     them.
 
     Outputs by name: ``nodes``, ``token_ids`` and ``lengths``, as `WalkBuffers` has them; ``counts``, the trees' nodes;
+    ``num_shared``, as `shared_on_device` gives it;
     ``tree_token_ids``, ``tree_parents``, ``tree_depths`` and ``tree_scores``, as `TreeBuffers` has them.
     """
 
@@ -268,15 +191,10 @@ class StaticStep:
         found = self._guess() if bucket.has_head else self._no_candidates
         ids, scores = found.ids, found.scores
         if bucket.has_lookup:
-            ids, scores = mix_on_device(
-                ids,
-                scores,
-                guess_ids=inputs["guess_ids"],
-                weights=inputs["guess_weights"],
-                num_guesses=inputs["num_guesses"],
-                num_own=inputs["num_own"],
-                widths=inputs["limits"][:, 2],
-            )
+            guesses = {name: inputs[name] for name in ("guess_ids", "num_guesses", "num_own")}
+            guesses["widths"] = inputs["limits"][:, 2]
+            self.outputs.device["num_shared"].copy_(shared_on_device(ids, **guesses))
+            ids, scores = mix_on_device(ids, scores, weights=inputs["guess_weights"], **guesses)
         if bucket.has_price:
             scores = calibrate_on_device(scores, inputs["maps"], inputs["kinds"])
         return Candidates(ids=ids.contiguous(), scores=scores.contiguous())
@@ -371,7 +289,9 @@ class StaticStep:
             if taps is not None:
                 assert self.drafter is not None
                 assert self.fused is not None
-                self.fused.copy_(self.drafter.fuse(taps[: self.bucket.num_requests]))
+                # Requests that end a prompt have no row here, so a root's row is not its request's place.
+                rows = self.trees.row_start[:-1].long().clamp_max(self.bucket.num_rows - 1)
+                self.fused.copy_(self.drafter.fuse(taps.index_select(0, rows)))
             return
         assert taps is not None
         assert self.drafter is not None

@@ -9,10 +9,17 @@ import pytest
 import torch
 
 from jetflow_cluster.engine.device_calibration import calibrate_on_device
-from jetflow_cluster.engine.device_lookup import mix_on_device
+from jetflow_cluster.engine.device_lookup import mix_on_device, shared_on_device
 from jetflow_cluster.engine.value_model import KNOT_SHIFT, NUM_DEPTHS, NUM_KNOTS, ValueModel
 from jetflow_cluster.tree.build import MIN_SCORE, CandidateTable, cut_table, to_fixed_point
-from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH, ContextMatch, guess_weights, lookup_table, mix_lookup
+from jetflow_cluster.tree.lookup import (
+    MAX_LOOKUP_DEPTH,
+    ContextMatch,
+    guess_of,
+    guess_weights,
+    lookup_table,
+    mix_lookup,
+)
 
 
 def tables_of(rng: random.Random, num: int, depth: int, width: int, *, is_conditional: bool) -> list[CandidateTable]:
@@ -54,20 +61,22 @@ def test_guesses_are_mixed_as_on_the_host(depth: int, is_conditional: bool) -> N
             guess_ids[r, : counts[r]] = torch.tensor(match.token_ids)
             weights[r, : counts[r]] = torch.tensor(guess_weights(match), dtype=torch.float64)
         sure[r] = sure[r] and match is not None
-    ids, scores = mix_on_device(
-        torch.stack([table.ids for table in tables]),
-        torch.stack([table.scores for table in tables]),
-        guess_ids=guess_ids,
-        weights=weights,
-        num_guesses=counts,
-        num_own=torch.tensor([0 if s else n for n, s in zip(own, sure, strict=True)], dtype=torch.int32),
-        widths=torch.tensor([1 if s else w for w, s in zip(widths, sure, strict=True)], dtype=torch.int32),
-    )
+    given = {
+        "guess_ids": guess_ids,
+        "num_guesses": counts,
+        "num_own": torch.tensor([0 if s else n for n, s in zip(own, sure, strict=True)], dtype=torch.int32),
+        "widths": torch.tensor([1 if s else w for w, s in zip(widths, sure, strict=True)], dtype=torch.int32),
+    }
+    own_ids = torch.stack([table.ids for table in tables])
+    ids, scores = mix_on_device(own_ids, torch.stack([table.scores for table in tables]), weights=weights, **given)
+    shared = shared_on_device(own_ids, **given)
+    assert shared.dtype is torch.int32 and shared.max() > 1
     for r, (table, match) in enumerate(zip(tables, guesses, strict=True)):
         cut = cut_table(CandidateTable(ids=table.ids[: own[r]], scores=table.scores[: own[r]]), widths[r])
         expected = cut
         if match is not None:
             expected = lookup_table(match) if sure[r] else mix_lookup(cut, match)
+            assert shared[r] == guess_of(match, None if sure[r] else cut).num_shared
         d, w = expected.ids.shape
         assert torch.equal(ids[r, :d, :w], expected.ids)
         assert torch.equal(scores[r, :d, :w, :w], expected.scores.expand(-1, w, -1))

@@ -88,6 +88,22 @@ def test_told_trees_are_those_of_the_steps(kind: str, sampling: dict[str, Any], 
     assert (max(sizes) > 1) == (params.speculation.mode != "off")
 
 
+@pytest.mark.parametrize("sampling", [SAMPLING["greedy"], SAMPLING["sampled"]], ids=["greedy", "sampled"])
+def test_replayed_steps_tell_the_same(tiny_target_dir: Path, tiny_head_dir: Path, sampling: dict[str, Any]) -> None:
+    told = []
+    for is_static in (False, True):
+        llm = LLM(str(tiny_target_dir), str(tiny_head_dir), draft_dtype="float64", **OPTIONS)
+        llm.engine.drafter.is_full_width = True
+        runner = make_static(llm, max_len=128) if is_static else None
+        deltas, _ = run(llm, params_of(sampling | {"max_tokens": 12}))
+        told.append([(delta.request_id, delta.token_ids, delta.tree) for delta in deltas])
+        assert runner is None or runner.num_static_steps > 5
+    for ours, theirs in zip(*told, strict=True):
+        assert ours == theirs
+    sources = {source for _, _, tree in told[1] if tree is not None for source in tree.sources}
+    assert sources >= ({A, H, C} if sampling["temperature"] == 0.0 else {A, H})
+
+
 @pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
 def test_asking_changes_no_token(eager: LLM, sampling: dict[str, Any]) -> None:
     params = params_of(sampling)
