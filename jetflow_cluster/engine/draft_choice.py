@@ -50,7 +50,7 @@ class Situation:
     num_requests: int
     num_context_tokens: int
     #: Rows beneath the trees: prompts.
-    num_prompt_rows: float
+    num_prompt_rows: int
     #: Most nodes of one tree.
     max_nodes: int
     #: Slots of the head's block, where it cannot be cut shorter; None where it can.

@@ -101,12 +101,12 @@ class PricedBudget:
         self._probing: set[int] = set()
         #: Rows that the head computed in this step.
         self._num_draft_rows = 0
-        #: Decayed mean of prompt rows per step: what drafts for some steps is weighed over what goes on beneath them.
-        self._num_prompt_rows = 0.0
         self._seen: tuple[int, ...] = (0,)
         self._num_steps = self._num_decisions = self._num_observed = self._num_learned = 0
-        #: Shortest match of a request's own text that pays by itself; None where none does.
+        #: Shortest match of a request's own text that pays by itself, None where none does; and whether that is known
+        #: since the last decision.
         self._least_match: int | None = None
+        self._knows_match = False
         self._reason_log = ReasonLog()
 
     @property
@@ -125,8 +125,7 @@ class PricedBudget:
 
     def allow(self, load: DecodeLoad) -> list[Allowance]:
         """See `BudgetPolicy`."""
-        seen = (load.num_decoding, len(load.requests), load.fair_nodes)
-        self._num_prompt_rows += (load.num_prompt_rows - self._num_prompt_rows) / _LOOK_EVERY
+        seen = (load.num_decoding, len(load.requests), load.num_prompt_rows, load.fair_nodes)
         self._num_steps += 1
         # Where nothing is drafted, only a load that falls is news.
         is_news = seen != self._seen if self.is_on else load.num_decoding < self._seen[0]
@@ -145,6 +144,8 @@ class PricedBudget:
 
     def _rest(self, load: DecodeLoad, *, keeps_context: bool, may_look: bool) -> Allowance:
         """Of a request that does not draft."""
+        if may_look and not self._knows_match:
+            self._least_match, self._knows_match = paying_match(self.cost, self._situation(load)), True
         if not may_look or self._least_match is None:
             return Allowance(keeps_context=keeps_context, uses_head=False)
         return Allowance(
@@ -261,7 +262,7 @@ class PricedBudget:
     def _decide(self, load: DecodeLoad, *, is_news: bool = True) -> None:
         """Whether drafting is on, and why."""
         self._num_decisions += 1
-        self._least_match = paying_match(self.cost, self._situation(load)) if self._has_lookup else None
+        self._knows_match = False
         now = self._choose(load, load.requests, self.gains)
         is_wanted = now.ratio >= (TURN_OFF if self.is_on else TURN_ON)
         self.is_on = is_wanted and self.pace.allows(StepKind.HEAD, load.num_decoding)
@@ -306,7 +307,7 @@ class PricedBudget:
         return Situation(
             num_requests=load.num_decoding,
             num_context_tokens=sum(request.num_computed for request in load.requests),
-            num_prompt_rows=self._num_prompt_rows,
+            num_prompt_rows=load.num_prompt_rows,
             max_nodes=max(2, min(_MOST_NODES, load.fair_nodes)),
             num_block_slots=self._num_block_slots,
         )
