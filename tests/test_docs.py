@@ -86,6 +86,9 @@ def test_a_command_is_one_that_its_program_takes(page: str, words: list[str]) ->
             name, value = setting.split("=")
             assert RAY_ENVIRONMENT.get(name) == value or name == "RAY_AUTH_MODE"
             assert f"{name}={value}" in dockerfile or name == "RAY_AUTH_MODE"
+        if page == "ray-cluster":
+            told = {word.split("=")[0] for _, found in ALL for word in found if found[0] == "export" and "=" in word}
+            assert told >= set(RAY_ENVIRONMENT)
     else:
         assert rest[0] in _REST[program]
     for word in rest:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import socket
 import struct
 import sys
+from collections.abc import Collection, Iterable, Iterator
 
 _log = logging.getLogger(__name__)
 #: Linux's number of the option; the socket module has no name for it.
@@ -28,17 +30,41 @@ def is_free(host: str, port: int) -> bool:
     return True
 
 
-def prefer_younger(listener: socket.socket) -> None:
-    """New connections to the port go to the listener that came second, if there is one, and no more to this, the first.
+def prefer_younger(ports: Iterable[int]) -> None:
+    """New connections to these ports go to whoever listened second, if there is one, and no more to the first.
 
     Without it the kernel spreads them by a hash, and closing a listener resets those that it holds and nobody has
     accepted. Does nothing where the kernel is not Linux, or refuses.
+
+    Args:
+        ports: that this process listens on, and shares.
     """
     if not sys.platform.startswith("linux"):
         return
     code = ctypes.create_string_buffer(struct.pack("HBBI", _RETURN, 0, 0, _SECOND))
-    try:
-        program = struct.pack("HP", 1, ctypes.addressof(code))
-        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, program)
-    except OSError as error:
-        _log.info("connections cannot be steered to the next router: %s", error)
+    program = struct.pack("HP", 1, ctypes.addressof(code))
+    for listener in _listeners(set(ports)):
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, program)
+        except OSError as error:
+            _log.info("connections cannot be steered to the next router: %s", error)
+
+
+def _listeners(ports: Collection[int]) -> Iterator[socket.socket]:
+    """This process's sockets that listen on these ports, gRPC's too, which it shows to nobody."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            fd = os.dup(int(name))
+        except OSError:
+            continue
+        try:
+            found = socket.socket(fileno=fd)
+        except OSError:
+            # No socket.
+            os.close(fd)
+            continue
+        with found:
+            is_tcp = found.type == socket.SOCK_STREAM and found.family in (socket.AF_INET, socket.AF_INET6)
+            is_listening = is_tcp and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if is_listening and found.getsockname()[1] in ports:
+                yield found

@@ -22,6 +22,7 @@ from jetflow_cluster.router.health import HealthServicer
 from jetflow_cluster.router.open_inference import SERVICE as OPEN_INFERENCE
 from jetflow_cluster.router.open_inference import OpenInferenceServicer
 from jetflow_cluster.router.peers import Peers
+from jetflow_cluster.router.ports import prefer_younger
 from jetflow_cluster.router.servicer import InferenceServicer
 from jetflow_cluster.router.text import TextCodec
 from jetflow_cluster.router.tls import ServerCertificate
@@ -39,6 +40,8 @@ _log = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["JetFlowInference"].full_name
 #: Seconds that calls get to notice that the server stops.
 _STOP_GRACE_S = 0.5
+#: Seconds for connections that were being made when another router took over.
+_HANDSHAKE_S = 0.2
 #: Seconds between two tellings of the queue.
 _TELL_S = 0.5
 
@@ -162,6 +165,12 @@ class RouterServer:
         """
         limit_s = self.config.drain_timeout_s if timeout_s is None else timeout_s
         self._health.close()
+        if self._http is not None:
+            self._http.is_leaving = True
+        if self.config.share_ports:
+            # The next router takes new connections; those that are being made are still accepted here.
+            prefer_younger({self.port, self.http_port, self.gateway_port} - {0})
+            await asyncio.sleep(_HANDSHAKE_S)
         # Connections outlast what is said on them in the end.
         ends_s = limit_s + _STOP_GRACE_S
         leaving = [server.stop(ends_s) for server in (self._server, self._gateway) if server is not None]

@@ -121,10 +121,15 @@ class DistillConfig:
         return self.data_dir or self.output_dir / "data"
 
     def taps(self) -> tuple[int, ...]:
-        """Tapped target layers."""
-        if self.target_layer_ids is not None:
-            return tuple(self.target_layer_ids)
-        return tuple(sorted(set(default_taps(TargetConfig.from_dir(self.target).num_layers, 3))))
+        """Tapped target layers. Raises ValueError if the target has no such ones."""
+        num_layers = TargetConfig.from_dir(self.target).num_layers
+        if self.target_layer_ids is None:
+            # A target of few layers has none where heads of large ones look.
+            return tuple(sorted({min(max(tap, 0), num_layers - 1) for tap in default_taps(num_layers, 3)}))
+        taps = tuple(self.target_layer_ids)
+        if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= num_layers:
+            raise ValueError(f"target_layer_ids = {list(taps)}: must ascend within [0, {num_layers - 1}]")
+        return taps
 
 
 def prepare(config: DistillConfig, *, device: str = "cpu") -> tuple[Sequences, Features]:

@@ -46,6 +46,18 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DistillConfig:
     )
 
 
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 6])
+def test_taps_are_layers_that_the_target_has(tmp_path: Path, num_layers: int) -> None:
+    write_target(tmp_path, num_layers=num_layers)
+    config = DistillConfig(target=tmp_path, source=tmp_path, output_dir=tmp_path)
+    taps = list(config.taps())
+    assert taps and taps == sorted(set(taps)) and taps[0] >= 0 and taps[-1] < num_layers
+    assert replace(config, target_layer_ids=(0,)).taps() == (0,)
+    for wrong in ((-1, 0), (num_layers,), (0, 0), ()):
+        with pytest.raises(ValueError, match="target_layer_ids = "):
+            replace(config, target_layer_ids=wrong).taps()
+
+
 def test_a_head_is_trained_measured_and_served(config: DistillConfig, tmp_path: Path) -> None:
     head = distill(config)
     assert distill(config) == head

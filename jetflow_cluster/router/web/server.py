@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jetflow_cluster.router.ports import is_free, prefer_younger
+from jetflow_cluster.router.ports import is_free
 from jetflow_cluster.router.tls import ServerCertificate
 
 #: Connections that may wait to be taken.
@@ -18,10 +18,9 @@ _BACKLOG = 512
 _KEEP_ALIVE_S = 30
 #: Seconds that calls get to end when the server stops.
 _STOP_GRACE_S = 1
-#: Of a server that leaves: seconds for connections that were being made when the next one took over, and for which
-#: those without a request are kept, longer than clients keep theirs in wait.
-_HANDSHAKE_S, _IDLE_S = 0.2, 6.0
-_LOOK_S = 0.05
+#: Seconds for which a server that leaves keeps connections without a request, longer than clients keep theirs in wait,
+#: and between two looks at them.
+_IDLE_S, _LOOK_S = 6.0, 0.05
 
 
 class _Server(uvicorn.Server):
@@ -58,7 +57,8 @@ class HttpServer:
         share_port: bool = False,
     ):
         self._address, self._stall_s, self._share_port = (host, port), stall_s, share_port
-        self._is_leaving = False
+        #: True when answers are to tell clients to connect anew.
+        self.is_leaving = False
         self._listener: socket.socket | None = None
         config = uvicorn.Config(
             self._told_to_leave(app),
@@ -115,10 +115,7 @@ class HttpServer:
         A request that comes on a connection made before is served, and its answer tells the client to connect anew.
         """
         host, port = self._listener.getsockname()[:2] if self._listener is not None else self._address
-        self._is_leaving = True
-        if self._share_port and self._listener is not None:
-            prefer_younger(self._listener)
-            await asyncio.sleep(_HANDSHAKE_S)
+        self.is_leaving = True
         for each in self._server.servers:
             each.close()
         loop = asyncio.get_running_loop()
@@ -149,7 +146,7 @@ class HttpServer:
 
         async def told(scope: Scope, receive: Receive, send: Send) -> None:
             async def sending(message: Message) -> None:
-                if self._is_leaving and message["type"] == "http.response.start":
+                if self.is_leaving and message["type"] == "http.response.start":
                     message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
                 await send(message)
 
