@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 
 from jetflow_cluster.models.config import TargetConfig
-from jetflow_cluster.models.draft_head import default_taps
 from jetflow_cluster.training.features import Features
 from jetflow_cluster.training.head_model import (
     Angles,
@@ -22,6 +21,7 @@ from jetflow_cluster.training.head_model import (
     load_head,
     mask_token_of,
     save_head,
+    taps_of,
     warm_start,
 )
 from jetflow_cluster.training.objective import accept_until_fail, depth_weights, soft_cross_entropy
@@ -122,14 +122,7 @@ class DistillConfig:
 
     def taps(self) -> tuple[int, ...]:
         """Tapped target layers. Raises ValueError if the target has no such ones."""
-        num_layers = TargetConfig.from_dir(self.target).num_layers
-        if self.target_layer_ids is None:
-            # A target of few layers has none where heads of large ones look.
-            return tuple(sorted({min(max(tap, 0), num_layers - 1) for tap in default_taps(num_layers, 3)}))
-        taps = tuple(self.target_layer_ids)
-        if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= num_layers:
-            raise ValueError(f"target_layer_ids = {list(taps)}: must ascend within [0, {num_layers - 1}]")
-        return taps
+        return taps_of(TargetConfig.from_dir(self.target).num_layers, self.target_layer_ids)
 
 
 def prepare(config: DistillConfig, *, device: str = "cpu") -> tuple[Sequences, Features]:

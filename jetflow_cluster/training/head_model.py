@@ -16,7 +16,7 @@ from torch import nn
 
 from jetflow_cluster.layers.rotary import inverse_frequencies
 from jetflow_cluster.models.config import TargetConfig
-from jetflow_cluster.models.draft_head import DraftHeadConfig
+from jetflow_cluster.models.draft_head import DraftHeadConfig, default_taps
 from jetflow_cluster.models.loader import save_draft_head
 from jetflow_cluster.training.regenerate import load_tokenizer
 
@@ -32,6 +32,21 @@ def mask_token_of(target: Path, given: int | None) -> int:
         if (found := tokenizer.token_to_id(name)) is not None:
             return int(found)
     return TargetConfig.from_dir(target).vocab_size - 1
+
+
+def taps_of(num_layers: int, given: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Tapped layers of a target of so many: those given, or three spread over it as published heads do.
+
+    Raises:
+        ValueError: those given are no layers of it, or do not ascend.
+    """
+    last = num_layers - 1
+    if given is None:
+        # A target of few layers has none where heads of large ones look.
+        return tuple(sorted({min(max(tap, 0), last) for tap in default_taps(num_layers, 3)}))
+    if not given or list(given) != sorted(set(given)) or given[0] < 0 or given[-1] > last:
+        raise ValueError(f"target_layer_ids = {list(given)}: must ascend within [0, {last}]")
+    return tuple(given)
 
 
 def head_config_for(
