@@ -86,7 +86,7 @@ test-gpu: gpu ## On a CUDA device, from a checkout without installation: kernels
 	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest -q -rsP tests/kernels/interpreted/*_cases.py tests/kernels/test_compilations.py tests/gpu
 
 bench-gpu: gpu ## On a CUDA device: the kernels beside scaled_dot_product_attention and FlexAttention; figures in out/kernels
-	for op in tree_attention qk_norm_rope_store commit_kv; do \
+	for op in tree_attention qk_norm_rope_store commit_kv build_tree accept_tree; do \
 	  PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/benchmarks/$$op.py --output $(OUT)/kernels || exit 1; done
 
 train: $(STAMP) ## Rebuild the embedded model from nothing; resumes where it stopped

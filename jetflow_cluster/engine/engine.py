@@ -36,6 +36,7 @@ from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.draft_tree import DraftTree
 from jetflow_cluster.types import EngineStats, FinishReason, RequestDelta
 from jetflow_kernels import compilations
+from jetflow_kernels.upload import upload
 from jetflow_kernels.warmup import launch_tree_kernels
 
 _log = logging.getLogger(__name__)
@@ -327,7 +328,7 @@ class Engine:
             return
         taps = verified.taps
         if len(rows) < taps.shape[0]:
-            taps = taps[torch.tensor(rows, device=taps.device)]
+            taps = taps[upload(torch.tensor(rows), taps.device)]
         for item, part in zip(plan.items, self.drafter.fuse(taps).split(counts), strict=True):
             if part.shape[0]:
                 item.request.pending_fused.append(part)

@@ -210,6 +210,7 @@ class GraphRunner:
         self._keep_prompts(chunks, taps)
         out = step.outputs.host
         lengths, nodes, tokens = (out[name].tolist() for name in ("lengths", "nodes", "token_ids"))
+        waiting = self._waiting_fused(step, parts)
         trees = _trees(step, parts)
         if bucket.has_lookup:
             note_guesses(parts, out["num_shared"].tolist())
@@ -218,7 +219,7 @@ class GraphRunner:
             request = part.item.request
             paths[request.arrival] = AcceptedPath(nodes=nodes[i][: lengths[i]], token_ids=tokens[i][: lengths[i]])
             if not part.is_prompt:
-                self._note_context(step, part.item, i, lengths[i], bucket)
+                self._note_context(part.item, lengths[i], waiting[i])
         self.on_stage("commit")
         arrivals = [item.request.arrival for item in plan.items]
         roots = [DraftTree.root_only(item.request.token_ids[-1]) for item in plan.items]
@@ -256,15 +257,29 @@ class GraphRunner:
                 kept = part[item.request.keep_context(item.num_rows) :]
                 item.request.pending_fused += [kept] if len(kept) else []
 
-    def _note_context(self, step: StaticStep, item: ScheduledRequest, row: int, num_kept: int, bucket: Bucket) -> None:
-        """What became of the draft context of a request that decodes."""
+    def _waiting_fused(self, step: StaticStep, parts: Sequence[StaticPart]) -> list[torch.Tensor | None]:
+        """Of each request that decodes without trees and keeps its draft context the fused vector ``[1, hidden_size]``
+        of its token. The next step overwrites the step's own tensor."""
+        found: list[torch.Tensor | None] = [None] * len(parts)
+        if step.bucket.has_trees or step.fused is None:
+            return found
+        keeping = [i for i, part in enumerate(parts) if part.item.keeps_context]
+        # One copy for all, where it does not hold more than twice what is kept.
+        copied = step.fused.clone() if 2 * len(keeping) >= len(step.fused) else None
+        for i in keeping:
+            found[i] = copied[i : i + 1] if copied is not None else step.fused[i : i + 1].clone()
+        return found
+
+    def _note_context(self, item: ScheduledRequest, num_kept: int, fused: torch.Tensor | None) -> None:
+        """What became of the draft context of a request that decodes: without trees its `fused` vector ``[1,
+        hidden_size]`` waits, with them the step has absorbed those of its path."""
         if self.drafter is None or not item.keeps_context:
             return
         request = item.request
-        if bucket.has_trees:
+        if fused is None:
             request.draft_len = request.fused_len = request.num_computed + num_kept
-        elif step.fused is not None and not request.keep_context(1):
-            request.pending_fused.append(step.fused[row : row + 1].clone())
+        elif not request.keep_context(1):
+            request.pending_fused.append(fused)
 
     def _head_depth(self, parts: Sequence[StaticPart]) -> int:
         """Guesses of the head that count, as deep as the deepest request wants them."""

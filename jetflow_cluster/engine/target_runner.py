@@ -9,6 +9,7 @@ from jetflow_cluster.engine.batch import StepBatch
 from jetflow_cluster.models.batch import ForwardBatch
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_kernels.commit_kv import commit_kv
+from jetflow_kernels.upload import upload
 from jetflow_kernels.warmup import launch_every_kernel
 
 
@@ -59,12 +60,12 @@ class TargetRunner:
         if not rows:
             return None, taps
         if len(rows) < hidden.shape[0]:
-            hidden = hidden[torch.tensor(rows, device=self.device)]
+            hidden = hidden[upload(torch.tensor(rows), self.device)]
         return self.model.compute_logits(hidden), taps
 
     def commit(self, source_slots: list[int], target_slots: list[int]) -> None:
         """Moves the KV of accepted nodes behind their prefixes; slots may overlap."""
         if source_slots:
-            source = torch.tensor(source_slots, dtype=torch.int64, device=self.device)
-            target = torch.tensor(target_slots, dtype=torch.int64, device=self.device)
+            source = upload(torch.tensor(source_slots, dtype=torch.int64), self.device)
+            target = upload(torch.tensor(target_slots, dtype=torch.int64), self.device)
             commit_kv(self.kv, source, target)

@@ -18,6 +18,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
         ("tree_attention", (2, 5, 20, torch.float32)),
         ("qk_norm_rope_store", (3, torch.float32)),
         ("commit_kv", (2, 3)),
+        ("build_tree", (2, 6)),
+        ("accept_tree", (2, 5, 3, False)),
+        ("accept_tree", (2, 5, 3, True)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
