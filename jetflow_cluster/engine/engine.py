@@ -98,8 +98,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True while a step would do something."""
-        return bool(self.requests or self._early)
+        """True while a step is computed, or would do something."""
+        return bool(self.requests or self._early or self._in_flight)
 
     def add(self, request: Request) -> None:
         """Queues a request; the next step tells of one that its prior output tokens ended."""

@@ -181,6 +181,22 @@ def test_a_step_that_fails_in_flight_ends_its_requests_once(tiny_target_dir: Pat
     assert llm.stats().num_used_pages == 0
 
 
+def test_there_is_work_until_pages_are_free(tiny_target_dir: Path, tiny_head_dir: Path) -> None:
+    llm = make_llm((tiny_target_dir, tiny_head_dir), "eager")
+    engine = llm.engine
+    engine.add(llm.frontend.make_request("r0", list(range(20)), SamplingParams(max_tokens=20, ignore_eos=True)))
+    seen = []
+
+    def abort() -> None:
+        assert engine.abort("r0") is not None
+        seen.append((engine.has_work, engine.stats().num_used_pages > 0))
+
+    engine.while_computing = abort
+    engine.step()
+    assert seen == [(True, True)]
+    assert (engine.has_work, engine.stats().num_used_pages) == (False, 0)
+
+
 def test_pages_of_an_earlier_request_of_the_same_name_are_forgotten(tiny_target_dir: Path, tiny_head_dir: Path) -> None:
     params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
     found = []
