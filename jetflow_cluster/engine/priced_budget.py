@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from jetflow_cluster.engine.begun_steps import BegunStep, BegunSteps
 from jetflow_cluster.engine.cost_model import CostModel, StepShape
 from jetflow_cluster.engine.cost_tracker import CostTracker
 from jetflow_cluster.engine.draft_choice import NODES, Choice, Gains, Situation, choose, paying_match
@@ -99,8 +100,8 @@ class PricedBudget:
         self._choice: Choice | None = None
         self._drafting: dict[int, float] = {}
         self._probing: set[int] = set()
-        #: Rows that the head computed in this step.
-        self._num_draft_rows = 0
+        #: The next step is decided on before this one's outcome is told.
+        self._begun = BegunSteps()
         self._seen: tuple[int, ...] = (0,)
         self._num_steps = self._num_decisions = self._num_observed = self._num_learned = 0
         #: Shortest match of a request's own text that pays by itself, None where none does; and whether that is known
@@ -175,7 +176,8 @@ class PricedBudget:
         asked = [
             item for item, source in zip(plan.items, sources, strict=True) if source is Source.HEAD and item.asks_head
         ]
-        self._num_draft_rows = self._draft_rows(asked)
+        begun = BegunStep(items=plan.items, num_draft_rows=self._draft_rows(asked), foretold=self._drafting)
+        self._begun.note(begun)
         priced = [i for i, item in enumerate(plan.items) if item.is_priced]
         if all(sources[i] is Source.NONE for i in priced):
             return plan
@@ -206,49 +208,46 @@ class PricedBudget:
         self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float
     ) -> None:
         """See `BudgetPolicy`."""
+        begun = self._begun.of(plan)
         self.prober.earn(took_s)
-        self._time(plan, trees, paths, took_s)
+        self._time(begun, trees, paths, took_s)
         grown = [i for i, tree in enumerate(trees) if tree.num_nodes > 1 and paths[i] is not None]
         self._num_observed += 1
         if self._num_observed % _COST_EVERY == 0:
-            self._observe_cost(plan, trees, took_s)
+            self._observe_cost(begun, trees, took_s)
         if grown:
-            self._learn(plan, trees, paths, grown)
+            self._learn(begun, trees, paths, grown)
 
-    def _observe_cost(self, plan: StepPlan, trees: Sequence[DraftTree], took_s: float) -> None:
-        decoding = [i for i, item in enumerate(plan.items) if item.num_rows == 1 and item.is_last]
-        context = sum(plan.items[i].request.num_computed for i in decoding)
+    def _observe_cost(self, begun: BegunStep, trees: Sequence[DraftTree], took_s: float) -> None:
+        decoding = [i for i, item in enumerate(begun.items) if item.num_rows == 1 and item.is_last]
+        context = sum(begun.items[i].request.num_computed for i in decoding)
         shape = StepShape(
             num_requests=len(decoding),
             num_rows=sum(trees[i].num_nodes for i in decoding),
             num_context_tokens=context,
-            num_draft_rows=self._num_draft_rows,
-            num_draft_context_tokens=context if self._num_draft_rows else 0,
-            num_prompt_rows=sum(item.num_rows for item in plan.items) - len(decoding),
+            num_draft_rows=begun.num_draft_rows,
+            num_draft_context_tokens=context if begun.num_draft_rows else 0,
+            num_prompt_rows=sum(item.num_rows for item in begun.items) - len(decoding),
         )
         self._tracker.observe(shape, took_s)
 
     def _time(
-        self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float
+        self, begun: BegunStep, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float
     ) -> None:
         """Counts the pace of a step without prompts whose trees are the policy's own choice."""
-        if not all(item.is_priced for item in plan.items):
+        if not all(item.is_priced for item in begun.items):
             return
         has_trees = any(tree.num_nodes > 1 for tree in trees)
-        kind = StepKind.HEAD if self._num_draft_rows else StepKind.LOOKUP if has_trees else StepKind.PLAIN
+        kind = StepKind.HEAD if begun.num_draft_rows else StepKind.LOOKUP if has_trees else StepKind.PLAIN
         num_tokens = sum(len(path.token_ids) for path in paths if path is not None)
-        self.pace.observe(kind, len(plan.items), num_tokens, took_s)
+        self.pace.observe(kind, len(begun.items), num_tokens, took_s)
 
     def _learn(
-        self,
-        plan: StepPlan,
-        trees: Sequence[DraftTree],
-        paths: Sequence[AcceptedPath | None],
-        grown: Sequence[int],
+        self, begun: BegunStep, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], grown: Sequence[int]
     ) -> None:
         """Counts what became of the trees: for the calibration, for each request, and for all."""
         walked = [path for i in grown if (path := paths[i]) is not None]
-        requests = [plan.items[i].request for i in grown]
+        requests = [begun.items[i].request for i in grown]
         kinds = [_kind(request) for request in requests]
         self._num_learned += 1
         if self._num_learned <= _NUM_NEW or self._num_learned % _LEARN_EVERY == 0:
@@ -256,7 +255,7 @@ class PricedBudget:
         self._levels = self._levels * _LEVEL_FADE + (1.0 - _LEVEL_FADE) * _LEVEL_PRIOR
         for i, request, kind, path in zip(grown, requests, kinds, walked, strict=True):
             request.worth.drafted(path.num_accepted, promised_tokens(trees[i]))
-            if (foretold := self._drafting.get(id(request))) is not None:
+            if (foretold := begun.foretold.get(id(request))) is not None:
                 self._levels[kind] += (path.num_accepted, foretold)
 
     def _decide(self, load: DecodeLoad, *, is_news: bool = True) -> None:

@@ -15,9 +15,10 @@ from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
 from jetflow_cluster.engine.cost_model import CostModel, StepShape
 from jetflow_cluster.engine.cost_tracker import CostTracker
 from jetflow_cluster.engine.draft_choice import NODES, Gains, Situation, choose, num_cohorts
+from jetflow_cluster.engine.pace import StepKind
 from jetflow_cluster.engine.priced_budget import TURN_ON, PricedBudget
 from jetflow_cluster.engine.probing import PROBE_SHARE
-from jetflow_cluster.engine.protocols import DecodeLoad
+from jetflow_cluster.engine.protocols import Allowance, DecodeLoad
 
 #: Rows are nearly free up to 32, and cost in proportion behind.
 COST = CostModel(
@@ -113,7 +114,7 @@ class Clocked(PricedBudget):
 
     def observe(self, plan: Any, trees: Any, paths: Any, took_s: float) -> None:
         rows = sum(tree.num_nodes for tree in trees)
-        shape = StepShape(num_requests=len(trees), num_rows=rows, num_draft_rows=self._num_draft_rows)
+        shape = StepShape(num_requests=len(trees), num_rows=rows, num_draft_rows=self._begun.of(plan).num_draft_rows)
         took_s = COST.step_s(shape)
         plain_s = COST.step_s(replace(shape, num_rows=len(trees), num_draft_rows=0))
         self.virtual_s += took_s
@@ -174,6 +175,32 @@ def test_nothing_flutters_at_the_crossing(llm: LLM) -> None:
     assert not is_on(budget, 0.7 * crossing)
 
 
+def test_outcomes_are_counted_for_the_step_that_they_are_of(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the policy decides on the next step before it is told of the last one."""
+    drafted: list[bool] = []
+    counted: list[bool] = []
+
+    class EveryOther(PricedBudget):
+        num = 0
+
+        def allow(self, load: DecodeLoad) -> list[Allowance]:
+            found = super().allow(load)
+            self.num += 1
+            return found if self.num % 2 else [replace(one, uses_head=False, max_tree_nodes=1) for one in found]
+
+        def price(self, plan: Any, tables: Any) -> Any:
+            if all(item.is_priced for item in plan.items):
+                drafted.append(any(table is not None for table in tables))
+            return super().price(plan, tables)
+
+    budget = EveryOther(COST, gains(2.0))
+    monkeypatch.setattr(budget.pace, "observe", lambda kind, *rest: counted.append(kind is StepKind.HEAD))
+    run(llm, budget, 2, 24)
+    assert counted == drafted[: len(counted)]
+    assert len(counted) > 4
+    assert {True, False} == set(counted)
+
+
 def test_steps_are_timed_as_what_they_are(llm: LLM) -> None:
     """Steps of requests that never speculate are plain ones whatever came before; forced drafting is drafting."""
     seen: list[tuple[str, int, int]] = []
@@ -183,7 +210,7 @@ def test_steps_are_timed_as_what_they_are(llm: LLM) -> None:
             modes = {item.request.params.speculation.mode.value for item in plan.items}
             if len(modes) == 1 and all(item.num_rows == 1 for item in plan.items):
                 num_nodes = sum(tree.num_nodes - 1 for tree in trees)
-                seen.append((modes.pop(), num_nodes, self._num_draft_rows))
+                seen.append((modes.pop(), num_nodes, self._begun.of(plan).num_draft_rows))
             super().observe(plan, trees, paths, took_s)
 
     llm.engine.scheduler.budget = Watched(COST, gains(2.0))
