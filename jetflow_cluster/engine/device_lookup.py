@@ -41,9 +41,7 @@ def mix_on_device(
     widths = widths.long().clamp_min(1)
     is_own, last = o_d < num_own[:, None], (widths - 1)[:, None]
     m_w = o_w <= last
-    ids = F.pad(ids, (0, 0, 0, depths - ids.shape[1])).masked_fill(~is_own[:, :, None], 0)
-    scores = F.pad(scores.expand(-1, -1, width, -1), (0, 0, 0, 0, 0, depths - scores.shape[1]))
-    scores = scores.masked_fill(~is_own[:, :, None, None], MIN_SCORE)
+    ids, scores = _deepened(ids, scores, is_own)
 
     # [R, D]: where each guess is among the candidates, or the place that it takes.
     found = torch.where((ids == guess[:, :, None]) & m_w[:, None], o_w, width).amin(2)
@@ -90,6 +88,14 @@ def shared_on_device(
     is_candidate = (ids[:, :depths] == guess_ids[:, :depths, None]) & (o_w < widths[:, None, None])
     is_shared = is_candidate.any(2) & (o_d < torch.minimum(num_own, num_guesses)[:, None])
     return is_shared.int().cumprod(1).sum(1, dtype=torch.int32)
+
+
+def _deepened(ids: torch.Tensor, scores: torch.Tensor, is_own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidates as deep as `is_own`, bool ``[R, D]``, and empty where it is False; scores under each of W parents."""
+    more, width = is_own.shape[1] - ids.shape[1], ids.shape[2]
+    ids = F.pad(ids, (0, 0, 0, more)).masked_fill(~is_own[:, :, None], 0)
+    scores = F.pad(scores.expand(-1, -1, width, -1), (0, 0, 0, 0, 0, more))
+    return ids, scores.masked_fill(~is_own[:, :, None, None], MIN_SCORE)
 
 
 def _below(values: torch.Tensor) -> torch.Tensor:

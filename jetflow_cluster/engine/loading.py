@@ -114,9 +114,7 @@ def load_engine(
     reason = why_no_graphs(config, target.device)
     if drafter_factory is not None or tree_builder is not None:
         reason = reason or "guesses or trees come from elsewhere"
-    _log.info("steps are %s", "replayed from CUDA graphs" if reason is None else f"computed launch by launch: {reason}")
-    if reason is None:
-        serve_from_graphs(engine, max_len=parts.max_model_len, recorder=CudaGraphs(target.device))
+    _replay(engine, parts.max_model_len, reason)
     return LoadedEngine(
         engine=engine,
         tokenizer=_tokenizer_of(parts.target_dir),
@@ -125,6 +123,13 @@ def load_engine(
         eos_token_ids=frozenset(target.config.eos_token_ids),
         memory=parts.memory,
     )
+
+
+def _replay(engine: Engine, max_len: int, reason: str | None) -> None:
+    """Has steps replayed, unless there is a reason against it."""
+    _log.info("steps are %s", "replayed from CUDA graphs" if reason is None else f"computed launch by launch: {reason}")
+    if reason is None:
+        serve_from_graphs(engine, max_len=max_len, recorder=CudaGraphs(engine.target.device))
 
 
 def _tokenizer_of(target_dir: Path) -> Tokenizer | None:

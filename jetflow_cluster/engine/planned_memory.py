@@ -26,7 +26,7 @@ from jetflow_cluster.engine.resolve import (
     compute_draft_dtype,
     compute_dtype,
     max_model_len,
-    uses_graphs,
+    why_no_graphs,
 )
 from jetflow_cluster.models.draft_head import DraftFuser, DraftHead
 from jetflow_cluster.models.loader import load_draft_head, load_fuser, load_target, load_target_ends, sidecar_rank
@@ -67,7 +67,7 @@ def plan_memory(config: EngineConfig, tp: TpGroup | None = None, *, with_head: b
         num_taps = len(part.config.target_layer_ids)
         items += weight_items("draft head", part, device)
     items.append(activation_item(target, head, num_taps, limits, device))
-    has_graphs = uses_graphs(config, device)
+    has_graphs = why_no_graphs(config, device) is None
     if has_graphs:
         items.append(graph_item(target, head, num_taps, limits, device))
     plan = fit_pages(

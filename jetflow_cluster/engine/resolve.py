@@ -74,8 +74,3 @@ def why_no_graphs(config: EngineConfig, device: torch.device) -> str | None:
         # itself, and a recorded step is one pass.
         return f"tensor_parallel_size = {config.tensor_parallel_size}: passes of several ranks are announced one by one"
     return None
-
-
-def uses_graphs(config: EngineConfig, device: torch.device) -> bool:
-    """True when steps are replayed; see `why_no_graphs`."""
-    return why_no_graphs(config, device) is None
