@@ -79,6 +79,9 @@ class ReplicaServicer(replica_pb2_grpc.JetFlowReplicaServicer):
         session = self._attach(first.hello)
         reader = asyncio.create_task(self._read(session, first, frames))
         try:
+            # By itself: a first frame that is broken off would keep the metadata, without which no status can be sent.
+            with contextlib.suppress(grpc.aio.UsageError, grpc.aio.InternalError):
+                await context.send_initial_metadata(())
             await session.write_to(context.write)
         finally:
             self._detach(session)

@@ -350,6 +350,21 @@ def test_malformed_streams(frontend: EngineFrontend, frames: list[Any], code: gr
     asyncio.run(run())
 
 
+def test_a_stream_that_is_broken_off_at_its_first_frame_gets_its_status(frontend: EngineFrontend) -> None:
+    hello = rpb.RouterFrame(hello=rpb.Hello(router_id="a"))
+
+    async def run() -> None:
+        async with replica_server(frontend) as server, asyncio.timeout(60.0):
+            # Whether the first frame is still being written when the second `hello` comes is a matter of chance.
+            for _ in range(150):
+                router = RouterStream(server.port)
+                call = router.stub.Attach(iter([hello, hello]))
+                assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+                await router._channel.close()
+
+    asyncio.run(run())
+
+
 def test_a_stream_that_says_nothing_is_ended(frontend: EngineFrontend) -> None:
     async def run() -> None:
         async with replica_server(frontend, hello_timeout_s=0.1) as server:
