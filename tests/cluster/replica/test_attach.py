@@ -359,7 +359,10 @@ def test_a_stream_that_is_broken_off_at_its_first_frame_gets_its_status(frontend
             for _ in range(150):
                 router = RouterStream(server.port)
                 call = router.stub.Attach(iter([hello, hello]))
-                assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                    async for _ in call:
+                        pass
+                assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
                 await router._channel.close()
 
     asyncio.run(run())
