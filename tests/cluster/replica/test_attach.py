@@ -14,8 +14,10 @@ import grpc
 import pytest
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
+from jetflow_cluster.cluster.replica.servicer import ReplicaServicer
 from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.rpc.convert import logprobs_from_proto, matched_stop_from_proto, sampling_to_proto
+from jetflow_cluster.rpc.errors import StatusError
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.rpc.v1 import replica_pb2 as rpb
 from jetflow_cluster.types import RequestOutput
@@ -350,19 +352,29 @@ def test_malformed_streams(frontend: EngineFrontend, frames: list[Any], code: gr
     asyncio.run(run())
 
 
-def test_a_stream_that_is_broken_off_at_its_first_frame_gets_its_status(frontend: EngineFrontend) -> None:
-    hello = rpb.RouterFrame(hello=rpb.Hello(router_id="a"))
+def test_a_stream_that_is_broken_off_during_its_first_frame_gets_its_status(
+    frontend: EngineFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = ReplicaServicer.load
+
+    def break_off_soon(servicer: ReplicaServicer) -> pb.ReplicaLoad:
+        # Asked for the first frame; it is being written when the event loop comes to this.
+        for session in servicer._roster.streams():
+            asyncio.get_running_loop().call_soon(session.break_off, StatusError.unavailable("broken off"))
+        return loads(servicer)
+
+    monkeypatch.setattr(ReplicaServicer, "load", break_off_soon)
 
     async def run() -> None:
         async with replica_server(frontend) as server, asyncio.timeout(60.0):
-            # Whether the first frame is still being written when the second `hello` comes is a matter of chance.
-            for _ in range(150):
+            for _ in range(20):
                 router = RouterStream(server.port)
-                call = router.stub.Attach(iter([hello, hello]))
-                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                call = router.stub.Attach()
+                await call.write(rpb.RouterFrame(hello=rpb.Hello(router_id="a")))
+                with pytest.raises(grpc.aio.AioRpcError, match="broken off") as raised:
                     async for _ in call:
                         pass
-                assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
                 await router._channel.close()
 
     asyncio.run(run())
