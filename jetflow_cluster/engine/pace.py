@@ -18,6 +18,8 @@ _NUM_JUDGED, _LEAST_JUDGED = 96, 6
 _FIRST_PAUSE, _LONGEST_PAUSE = 256, 4096
 #: Steps with trees behind which a plain one is timed, and how many are then.
 _PLAIN_EVERY, _NUM_PLAIN = 192, 2
+#: Pace beside plain steps that a kind must keep: what goes on between steps has its price too.
+_LEAST_GAIN = 1.02
 #: A step that took this many times the mean of its kind was held up by something else, and counts as this many.
 _MOST = 3.0
 
@@ -103,7 +105,7 @@ class Pace:
         needed = max(_LEAST_JUDGED, _NUM_JUDGED // num_decoding // (2 if record.is_doubted else 1))
         if record.num < _decayed(needed) or plain.num < 1.0:
             return
-        if record.pace >= plain.pace:
+        if record.pace >= _LEAST_GAIN * plain.pace:
             record.is_doubted = False
             if record.pace > 1.1 * plain.pace:
                 record.next_pause = _FIRST_PAUSE

@@ -37,14 +37,14 @@ from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH
 from jetflow_cluster.types import LatencyClass
 
 #: Expected tokens per second over those of not drafting at which drafting begins, and below which it ends.
-TURN_ON, TURN_OFF = 1.04, 1.01
+TURN_ON, TURN_OFF = 1.04, 0.99
 #: Drafting for all, this near to paying, draft contexts go on.
 KEEP_CONTEXT = 0.93
 #: Steps between two looks at an unchanged load.
 _LOOK_EVERY = 8
 #: Steps between two whose time is learned from; drafted steps from which the calibration learns at first, and between
 #: two from which it does later.
-_COST_EVERY, _NUM_NEW, _LEARN_EVERY = 2, 64, 4
+_COST_EVERY, _NUM_NEW, _LEARN_EVERY = 4, 64, 8
 #: Such looks between two at what a better head could do, where the load is the reason.
 _HOPE_EVERY = 4
 #: Most nodes of one tree.
