@@ -22,8 +22,9 @@ NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 #: Accepted tokens that a good head reaches with each of them: what a probe hopes for.
 HOPED = tuple(0.6 * np.log2(n) for n in NODES)
 
-#: What guesses from a request's own text must be worth over what they cost.
-_LOOKUP_MARGIN = 1.2
+#: What guesses from a request's own text must be worth over what they cost. Where no head guesses the load is high, and
+#: rows of trees cost more there than warm-up foretells.
+_LOOKUP_MARGIN = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
