@@ -1,8 +1,8 @@
 """Whether trees kept what they promised: tokens per second of steps with trees beside those of steps without.
 
 Costs are foretold from a model, and a model errs: trees of many sizes in one batch, or a busy machine, cost more than
-was measured. So every kind of step is also timed as it comes, by load, and a kind that falls behind plain steps twice
-in a row is left out for a while, longer each time.
+was measured. So every kind of step is also timed as it comes, by load, and a kind that is not clearly ahead of plain
+steps twice in a row is left out for a while, longer each time.
 """
 
 from __future__ import annotations
