@@ -103,6 +103,8 @@ class CostModel:
     _draft_curve: _Curve = field(init=False, repr=False, compare=False)
     #: What whole numbers of rows cost where no prompt lies beneath, as far as it was asked for.
     _ramp: np.ndarray = field(init=False, repr=False, compare=False)
+    #: The last price list, and what it was made for: the shape of many steps is that of the one before.
+    _listed: tuple[tuple[StepShape, int] | None, np.ndarray] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("row", "draft"):
@@ -117,6 +119,7 @@ class CostModel:
                 raise ValueError(f"{name}_s = {seconds}: must be non-negative and non-decreasing")
             object.__setattr__(self, f"_{name}_curve", _Curve(knots, seconds))
         object.__setattr__(self, "_ramp", np.empty(0))
+        object.__setattr__(self, "_listed", (None, np.empty(0)))
         for name in ("request_s", "context_s", "tree_s", "node_s", "draft_context_s", "prompt_share", "tree_scale"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 0")
@@ -127,17 +130,19 @@ class CostModel:
 
     def parts(self, shape: StepShape) -> tuple[float, ...]:
         """Seconds by part, in the order of `PARTS`."""
-        rows, grown = self.rows_s(shape.num_requests), self.rows_s(shape.num_rows)
-        moved = self.rows_s(shape.num_rows + self.prompt_share * shape.num_prompt_rows)
         num_nodes = shape.num_rows - shape.num_requests
         return (
-            float(rows),
+            float(self.rows_s(shape.num_requests)),
             self.request_s * shape.num_requests,
             self.context_s * shape.num_context_tokens,
             float(self.trees_s(shape.num_requests, num_nodes)) if num_nodes > 0 else 0.0,
             self.drafting_s(shape.num_draft_rows, shape.num_draft_context_tokens),
-            float(moved - grown),
+            self.prompts_s(shape.num_rows, shape.num_prompt_rows),
         )
+
+    def prompts_s(self, num_rows: float, num_prompt_rows: float) -> float:
+        """Seconds that prompt rows add to a step with so many others."""
+        return float(self.rows_s(num_rows + self.prompt_share * num_prompt_rows) - self.rows_s(num_rows))
 
     def trees_s(self, beneath: float, num_nodes: Any) -> Any:
         """Seconds of guessed nodes, at least one, over so many other rows; a number or an array by `num_nodes`."""
@@ -167,8 +172,13 @@ class CostModel:
 
         Returns:
             int64 ``[max_rows + 1]`` in units of 100 ns, at least 1 and non-decreasing; entries below
-            `shape.num_requests` are that entry's.
+            `shape.num_requests` are that entry's. Not to be written to.
         """
+        if self._listed[0] != (shape, max_rows):
+            object.__setattr__(self, "_listed", ((shape, max_rows), self._price_list(shape, max_rows)))
+        return self._listed[1]
+
+    def _price_list(self, shape: StepShape, max_rows: int) -> np.ndarray:
         least, beneath = shape.num_requests, self.prompt_share * shape.num_prompt_rows
         seconds = self.rows_s(least) + self.request_s * least + self.context_s * shape.num_context_tokens
         seconds += self.drafting_s(shape.num_draft_rows, shape.num_draft_context_tokens)

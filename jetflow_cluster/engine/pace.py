@@ -7,8 +7,14 @@ steps twice in a row is left out for a while, longer each time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+from jetflow_cluster.engine.begun_steps import BegunStep
+from jetflow_cluster.engine.cost_model import CostModel
+from jetflow_cluster.tree.accept import AcceptedPath
+from jetflow_cluster.tree.draft_tree import DraftTree
 
 #: What is left of an observation's weight after each later one of its kind and load.
 _FADE = 0.98
@@ -16,10 +22,14 @@ _FADE = 0.98
 _NUM_JUDGED, _LEAST_JUDGED = 96, 6
 #: Steps for which a kind is left out: at first, and at most.
 _FIRST_PAUSE, _LONGEST_PAUSE = 256, 4096
-#: Steps with trees behind which a plain one is timed, and how many are then.
-_PLAIN_EVERY, _NUM_PLAIN = 192, 2
-#: Pace beside plain steps that a kind must keep: what goes on between steps has its price too.
-_LEAST_GAIN = 1.02
+#: Steps with trees behind which a plain one is timed; where trees are less than so far ahead, when there is little to
+#: lose and much to know; and plain steps that are timed before anything is known.
+_PLAIN_EVERY, _PLAIN_OFTEN, _NEAR, _NUM_PLAIN = 192, 32, 1.15, 2
+#: Pace beside plain steps that a kind must keep: what goes on between steps has its price too, and so have the draft
+#: contexts that go on while plain steps are timed.
+_LEAST_GAIN = 1.04
+#: Share of a step's time that its prompts may take where the rest is judged.
+_MOST_PROMPTS = 0.6
 #: A step that took this many times the mean of its kind was held up by something else, and counts as this many.
 _MOST = 3.0
 
@@ -63,14 +73,40 @@ class Pace:
     def __init__(self) -> None:
         self._records: dict[tuple[StepKind, int], _Record] = {}
 
+    def observe_step(
+        self,
+        begun: BegunStep,
+        trees: Sequence[DraftTree],
+        paths: Sequence[AcceptedPath | None],
+        took_s: float,
+        cost: CostModel,
+    ) -> None:
+        """Counts a step whose trees are the policy's own choice, but for what its prompts took."""
+        num_rows = num_prompt_rows = num_decoding = num_tokens = 0
+        for item, tree, path in zip(begun.items, trees, paths, strict=True):
+            if item.is_priced and path is not None:
+                num_rows += tree.num_nodes
+                num_decoding += 1
+                num_tokens += len(path.token_ids)
+            elif item.num_rows == 1 and item.is_forced:
+                return
+            else:
+                num_prompt_rows += item.num_rows
+        prompts_s = cost.prompts_s(num_rows, num_prompt_rows) if num_prompt_rows else 0.0
+        if not num_decoding or prompts_s > _MOST_PROMPTS * took_s:
+            return
+        has_trees = num_rows > num_decoding
+        kind = StepKind.HEAD if begun.num_draft_rows else StepKind.LOOKUP if has_trees else StepKind.PLAIN
+        self.observe(kind, num_decoding, num_tokens, took_s - prompts_s)
+
     def observe(self, kind: StepKind, num_decoding: int, num_tokens: int, took_s: float) -> None:
-        """Counts one step that computed no prompt.
+        """Counts one step.
 
         Args:
             kind: what it did.
             num_decoding: requests.
             num_tokens: that it gave all of them together.
-            took_s: its seconds.
+            took_s: its seconds, without those that went into prompts.
         """
         load = _load(num_decoding)
         for (_, other), record in self._records.items():
@@ -96,10 +132,11 @@ class Pace:
         """True when the pace of plain steps at a load is not known, or was last seen long ago."""
         load = _load(num_decoding)
         plain = self._record(StepKind.PLAIN, load)
-        seen = max((self._record(kind, load).num for kind in (StepKind.HEAD, StepKind.LOOKUP)), default=0.0)
+        others = [self._record(kind, load) for kind in (StepKind.HEAD, StepKind.LOOKUP)]
         if plain.num < _NUM_PLAIN:
-            return seen >= _LEAST_JUDGED / 2
-        return plain.age >= _PLAIN_EVERY
+            return max(other.num for other in others) >= _LEAST_JUDGED / 2
+        is_near = max(other.pace for other in others) < _NEAR * plain.pace
+        return plain.age >= (_PLAIN_OFTEN if is_near else _PLAIN_EVERY)
 
     def _judge(self, record: _Record, plain: _Record, num_decoding: int) -> None:
         needed = max(_LEAST_JUDGED, _NUM_JUDGED // num_decoding // (2 if record.is_doubted else 1))

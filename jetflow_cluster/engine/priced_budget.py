@@ -41,7 +41,7 @@ TURN_ON, TURN_OFF = 1.04, 0.99
 #: Drafting for all, this near to paying, draft contexts go on.
 KEEP_CONTEXT = 0.93
 #: Steps between two looks at an unchanged load.
-_LOOK_EVERY = 8
+_LOOK_EVERY = 16
 #: Steps between two whose time is learned from; drafted steps from which the calibration learns at first, and between
 #: two from which it does later.
 _COST_EVERY, _NUM_NEW, _LEARN_EVERY = 4, 64, 8
@@ -49,6 +49,8 @@ _COST_EVERY, _NUM_NEW, _LEARN_EVERY = 4, 64, 8
 _HOPE_EVERY = 4
 #: Most nodes of one tree.
 _MOST_NODES = 64
+#: Tokens of the prefixes that prices are told apart by.
+_CONTEXT_STEP = 64
 #: Fewest candidates that the head offers at each depth.
 _LEAST_WIDTH = 7
 #: Rows that a request which only repeats itself adds to those that the trees share.
@@ -96,7 +98,7 @@ class PricedBudget:
         self._tracker = CostTracker(cost)
         self._needs_context, self._num_block_slots, self._has_lookup = needs_context, num_block_slots, has_lookup
         #: Accepted and foretold tokens by kind.
-        self._levels = np.ones((2, 2)) * _LEVEL_PRIOR
+        self._levels = [[_LEVEL_PRIOR, _LEVEL_PRIOR] for _ in range(2)]
         self._choice: Choice | None = None
         self._drafting: dict[int, float] = {}
         self._probing: set[int] = set()
@@ -122,7 +124,8 @@ class PricedBudget:
 
     def level(self, kind: int) -> float:
         """Accepted over foretold tokens of all requests of a kind: 0 greedy, 1 sampled."""
-        return float(self._levels[kind, 0] / self._levels[kind, 1])
+        accepted, foretold = self._levels[kind]
+        return accepted / foretold
 
     def allow(self, load: DecodeLoad) -> list[Allowance]:
         """See `BudgetPolicy`."""
@@ -184,7 +187,8 @@ class PricedBudget:
         items = [plan.items[i] for i in priced]
         num_draft_rows = self._draft_rows([item for item in asked if item.is_priced])
         beneath = [item for item in plan.items if not item.is_priced]
-        context = sum(item.request.num_computed for item in items)
+        # Rounded: what a few tokens of it cost is nothing.
+        context = sum(item.request.num_computed for item in items) // _CONTEXT_STEP * _CONTEXT_STEP
         shape = StepShape(
             num_requests=len(items),
             num_rows=len(items),
@@ -210,7 +214,7 @@ class PricedBudget:
         """See `BudgetPolicy`."""
         begun = self._begun.of(plan)
         self.prober.earn(took_s)
-        self._time(begun, trees, paths, took_s)
+        self.pace.observe_step(begun, trees, paths, took_s, self.cost)
         grown = [i for i, tree in enumerate(trees) if tree.num_nodes > 1 and paths[i] is not None]
         self._num_observed += 1
         if self._num_observed % _COST_EVERY == 0:
@@ -231,17 +235,6 @@ class PricedBudget:
         )
         self._tracker.observe(shape, took_s)
 
-    def _time(
-        self, begun: BegunStep, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float
-    ) -> None:
-        """Counts the pace of a step without prompts whose trees are the policy's own choice."""
-        if not all(item.is_priced for item in begun.items):
-            return
-        has_trees = any(tree.num_nodes > 1 for tree in trees)
-        kind = StepKind.HEAD if begun.num_draft_rows else StepKind.LOOKUP if has_trees else StepKind.PLAIN
-        num_tokens = sum(len(path.token_ids) for path in paths if path is not None)
-        self.pace.observe(kind, len(begun.items), num_tokens, took_s)
-
     def _learn(
         self, begun: BegunStep, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], grown: Sequence[int]
     ) -> None:
@@ -252,11 +245,13 @@ class PricedBudget:
         self._num_learned += 1
         if self._num_learned <= _NUM_NEW or self._num_learned % _LEARN_EVERY == 0:
             self.value.observe([trees[i] for i in grown], [path.nodes for path in walked], kinds)
-        self._levels = self._levels * _LEVEL_FADE + (1.0 - _LEVEL_FADE) * _LEVEL_PRIOR
+        prior = (1.0 - _LEVEL_FADE) * _LEVEL_PRIOR
+        self._levels = [[_LEVEL_FADE * num + prior for num in level] for level in self._levels]
         for i, request, kind, path in zip(grown, requests, kinds, walked, strict=True):
             request.worth.drafted(path.num_accepted, promised_tokens(trees[i]))
             if (foretold := begun.foretold.get(id(request))) is not None:
-                self._levels[kind] += (path.num_accepted, foretold)
+                self._levels[kind][0] += path.num_accepted
+                self._levels[kind][1] += foretold
 
     def _decide(self, load: DecodeLoad, *, is_news: bool = True) -> None:
         """Whether drafting is on, and why."""
@@ -330,8 +325,9 @@ class PricedBudget:
         able = [r for r in load.requests if r.room > 1 and (r.has_draft_context or not self._needs_context)]
         choice = self._choice
         if self.is_on:
-            worths = sorted(((self._worth(r, self.gains), r) for r in able), key=lambda pair: -pair[0])
-            drafting = [r for _, r in worths[: choice.num_drafted]] if len(able) > choice.num_drafted else able
+            drafting = able
+            if len(able) > choice.num_drafted:
+                drafting = sorted(able, key=lambda r: -self._worth(r, self.gains))[: choice.num_drafted]
             if not able:
                 self.reason = "context"
         elif self.reason == "head":

@@ -194,12 +194,15 @@ def apply_maps(maps: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> np.nda
     knot = np.minimum(nats >> KNOT_SHIFT, NUM_KNOTS - 2)
     flat, at = maps.ravel(), rows * NUM_KNOTS + knot
     low = flat[at]
-    step = flat[at + 1] - low
-    rest = nats - (knot << KNOT_SHIFT)
+    nats -= knot << KNOT_SHIFT
+    within = np.minimum(nats, 1 << KNOT_SHIFT)
     # Behind the last knot the slope is 1.
-    beyond = np.maximum(rest - (1 << KNOT_SHIFT), 0)
-    mapped = low + (step * np.minimum(rest, 1 << KNOT_SHIFT) >> KNOT_SHIFT) + beyond
-    return np.asarray(np.clip(-mapped, MIN_SCORE, 0))
+    mapped = nats - within
+    mapped += low
+    within *= flat[at + 1] - low
+    within >>= KNOT_SHIFT
+    mapped += within
+    return np.negative(np.minimum(mapped, -MIN_SCORE, out=mapped), out=mapped)
 
 
 def _scores(table: CandidateTable | None) -> np.ndarray:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from jetflow_cluster import SamplingParams
+from jetflow_cluster.engine.begun_steps import BegunStep
+from jetflow_cluster.engine.cost_model import CostModel
 from jetflow_cluster.engine.pace import Pace, StepKind
+from jetflow_cluster.engine.protocols import ScheduledRequest
+from jetflow_cluster.tree.accept import AcceptedPath
+from jetflow_cluster.tree.draft_tree import DraftTree
 
 
 def _run(pace: Pace, kind: StepKind, *, times: int, tokens: int, took_s: float, load: int = 8) -> None:
@@ -20,7 +29,7 @@ def _run_twice(pace: Pace, kind: StepKind, *, tokens: int, took_s: float) -> Non
 
 
 @pytest.mark.parametrize("kind", [StepKind.HEAD, StepKind.LOOKUP], ids=lambda kind: kind.value)
-@pytest.mark.parametrize(("tokens", "allowed"), [(12, False), (15, False), (16, False), (17, True), (30, True)])
+@pytest.mark.parametrize(("tokens", "allowed"), [(12, False), (15, False), (16, False), (18, True), (30, True)])
 def test_a_kind_must_keep_the_plain_pace(kind: StepKind, tokens: int, allowed: bool) -> None:
     pace = Pace()
     _run_twice(pace, kind, tokens=tokens, took_s=0.02)
@@ -89,3 +98,47 @@ def test_a_step_that_was_held_up_decides_nothing() -> None:
     pace.observe(StepKind.HEAD, 8, 20, 10.0)
     _run(pace, StepKind.HEAD, times=3, tokens=20, took_s=0.02)
     assert pace.allows(StepKind.HEAD, 8)
+
+
+def test_plain_steps_are_timed_more_often_where_little_can_be_lost() -> None:
+    pace = Pace()
+    _run(pace, StepKind.HEAD, times=6, tokens=20, took_s=0.02)
+    _run(pace, StepKind.PLAIN, times=3, tokens=8, took_s=0.0085)
+    _run(pace, StepKind.HEAD, times=31, tokens=20, took_s=0.02)
+    assert not pace.wants_plain(8)
+    _run(pace, StepKind.HEAD, times=1, tokens=20, took_s=0.02)
+    assert pace.wants_plain(8) and pace.allows(StepKind.HEAD, 8)
+
+
+COST = CostModel(row_knots=(1, 512), row_s=(1e-3, 512e-3), prompt_share=0.5)
+
+
+def _chain(num_nodes: int) -> DraftTree:
+    depths = list(range(num_nodes))
+    return DraftTree(token_ids=[0] * num_nodes, parents=[d - 1 for d in depths], depths=depths, scores=[0] * num_nodes)
+
+
+def _step(num_decoding: int, num_nodes: int, num_prompt_rows: int, num_draft_rows: int) -> tuple[Any, ...]:
+    """A step's items, trees and paths: chains of which all is accepted."""
+    request = SimpleNamespace(params=SamplingParams())
+    items = [ScheduledRequest(request=request, num_rows=1, is_last=True) for _ in range(num_decoding)]
+    trees = [_chain(num_nodes) for _ in items]
+    paths = [AcceptedPath(nodes=list(range(num_nodes)), token_ids=[0] * num_nodes) for _ in items]
+    if num_prompt_rows:
+        items.append(ScheduledRequest(request=request, num_rows=num_prompt_rows, is_last=True))
+        trees.append(_chain(1))
+        paths.append(AcceptedPath(nodes=[0], token_ids=[0]))
+    return BegunStep(items=tuple(items), num_draft_rows=num_draft_rows), trees, paths
+
+
+def test_steps_with_prompts_are_judged_by_what_the_prompts_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace, seen = Pace(), []
+    monkeypatch.setattr(pace, "observe", lambda kind, num, tokens, took: seen.append((kind, num, tokens, took)))
+    for nodes, prompt_rows, draft_rows in ((1, 0, 0), (3, 0, 0), (3, 16, 8), (1, 16, 0), (1, 400, 0)):
+        pace.observe_step(*_step(4, nodes, prompt_rows, draft_rows), 30e-3, COST)
+    assert seen == [
+        (StepKind.PLAIN, 4, 4, 30e-3),
+        (StepKind.LOOKUP, 4, 12, 30e-3),
+        (StepKind.HEAD, 4, 12, pytest.approx(22e-3)),
+        (StepKind.PLAIN, 4, 4, pytest.approx(22e-3)),
+    ]
