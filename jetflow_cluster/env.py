@@ -1,4 +1,5 @@
-"""The environment variables of the project. Nothing else reads ``JETFLOW_*``."""
+"""The environment variables of the project. Nothing else of it reads ``JETFLOW_*``; `jetflow_kernels`, which stands
+alone, reads two that are checked here."""
 
 from __future__ import annotations
 
@@ -20,8 +21,11 @@ class Environment:
     log_level: str = "warning"
     #: ``JETFLOW_NUM_THREADS``: CPU threads of torch; None leaves torch's own choice.
     num_threads: int | None = None
-    #: ``JETFLOW_CACHE_DIR``: where measured costs are kept between runs; ``~`` is the home folder.
+    #: ``JETFLOW_CACHE_DIR``: where measured costs and compiled CPU kernels are kept between runs; ``~`` is the home
+    #: folder.
     cache_dir: Path = Path("~/.cache/jetflow")
+    #: ``JETFLOW_CPU_KERNELS``: ``0`` leaves to plain torch what is otherwise compiled on first use.
+    cpu_kernels: bool = True
     #: ``JETFLOW_TOKEN``: bearer token for ``jetflow generate --server``; an argument would be seen by
     #: other programs of the machine.
     token: str | None = field(default=None, repr=False)
@@ -44,7 +48,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     """
     found = os.environ if variables is None else variables
     ours = {name: value for name, value in found.items() if name.startswith(_PREFIX)}
-    known = {"JETFLOW_LOG_LEVEL", "JETFLOW_NUM_THREADS", "JETFLOW_CACHE_DIR", "JETFLOW_TOKEN"}
+    known = {"JETFLOW_LOG_LEVEL", "JETFLOW_NUM_THREADS", "JETFLOW_CACHE_DIR", "JETFLOW_CPU_KERNELS", "JETFLOW_TOKEN"}
     for name in sorted(ours.keys() - known):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
@@ -53,9 +57,13 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     threads = ours.get("JETFLOW_NUM_THREADS")
     if threads is not None and not threads.strip().isdigit():
         raise ValueError(f"JETFLOW_NUM_THREADS = {threads!r}: must be a whole number")
+    cpu_kernels = ours.get("JETFLOW_CPU_KERNELS") or "1"
+    if cpu_kernels not in ("0", "1"):
+        raise ValueError(f"JETFLOW_CPU_KERNELS = {cpu_kernels!r}: must be 0 or 1")
     return Environment(
         log_level=ours.get("JETFLOW_LOG_LEVEL", "warning").lower(),
         num_threads=int(threads) if threads is not None else None,
         cache_dir=Path(ours.get("JETFLOW_CACHE_DIR") or Environment.cache_dir),
+        cpu_kernels=cpu_kernels == "1",
         token=ours.get("JETFLOW_TOKEN") or None,
     )

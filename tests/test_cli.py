@@ -176,9 +176,11 @@ def test_doctor_tells_versions_and_devices() -> None:
     report = json.loads(invoke("doctor", "--json").stdout)
     assert report["machine"]["packages"]["torch"]
     assert report["would_run"]["device"] in ("cpu", "cuda")
+    assert report["would_run"]["cpu_kernels"].startswith(("compiled by", "off:", "none:"))
     shown = invoke("doctor").stdout
     assert "torch" in shown
     assert "would run on" in shown
+    assert "CPU kernels" in shown
 
 
 def test_demo_proves_outputs_identical(model: list[str], tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ def examine(config: EngineConfig | None = None) -> dict[str, Any]:
     """
     import torch
 
+    from jetflow_kernels.cpu import cpu_kernels
+
     machine = describe_machine()
     has_gpu = torch.cuda.is_available()
     plan = _memory_plan(config or EngineConfig())
@@ -37,6 +39,7 @@ def examine(config: EngineConfig | None = None) -> dict[str, Any]:
         "would_run": {
             "device": "cuda" if has_gpu else "cpu",
             "attention": "PyTorch on the GPU" if has_gpu else "PyTorch on the CPU",
+            "cpu_kernels": cpu_kernels().detail,
             "threads": torch.get_num_threads(),
         },
         "memory_plan": plan,
@@ -61,6 +64,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         table.add_row(f"embedded {name.replace('_', ' ')}", _size(size) if size else "[red]missing[/red]")
     table.add_row("side-car", "yes" if embedded["has_sidecar"] else "no")
     table.add_row("would run on", f"{run['device']}, {run['threads']} threads, attention by {run['attention']}")
+    table.add_row("CPU kernels", run["cpu_kernels"])
     console.print(table)
     if "lines" in report["memory_plan"]:
         console.print(_memory_table(report["memory_plan"]))

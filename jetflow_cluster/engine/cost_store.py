@@ -14,6 +14,7 @@ import torch
 
 from jetflow_cluster.engine.cost_model import CostModel
 from jetflow_cluster.env import read_environment
+from jetflow_kernels.cpu import cpu_kernels
 
 _log = logging.getLogger(__name__)
 #: Of what is measured: models that were measured otherwise are not read.
@@ -46,7 +47,9 @@ class CostStore:
         self, device: torch.device, described: object, *, tensor_parallel_size: int = 1, folder: Path | None = None
     ):
         name = re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).strip("-").lower()
-        digest = hashlib.sha256(f"{_VERSION} {torch.__version__} {described!r}".encode()).hexdigest()[:12]
+        compiled = "compiled" if device.type == "cpu" and cpu_kernels().functions is not None else "plain"
+        depends = f"{_VERSION} {torch.__version__} {compiled} {described!r}"
+        digest = hashlib.sha256(depends.encode()).hexdigest()[:12]
         self.path = (
             folder or read_environment().cache_dir.expanduser() / "costs"
         ) / f"{name}-{digest}-tp{tensor_parallel_size}.json"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from jetflow_cluster.layers.attention import PagedAttention
@@ -17,6 +16,7 @@ from jetflow_cluster.models.batch import ForwardBatch, layer_pages
 from jetflow_cluster.models.config import TargetConfig, TransformerConfig
 from jetflow_cluster.models.target_ends import TargetEnds
 from jetflow_cluster.parallel.tp_group import TpGroup
+from jetflow_kernels.pointwise import silu_mul
 
 
 class Mlp(InferenceModule):
@@ -29,8 +29,7 @@ class Mlp(InferenceModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, hidden_size]`` to the same."""
-        gate, up = self.gate_up(x).chunk(2, -1)
-        out: torch.Tensor = self.down(F.silu(gate).mul_(up))
+        out: torch.Tensor = self.down(silu_mul(self.gate_up(x)))
         return out
 
     def pieces(self) -> Iterator[Piece]:

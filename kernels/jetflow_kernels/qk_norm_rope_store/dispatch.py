@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from jetflow_kernels.cpu import rows
 from jetflow_kernels.qk_norm_rope_store.cpu import qk_norm_rope_store_cpu
 from jetflow_kernels.shipped import DTYPES, check_head_dim, runs_triton
 
@@ -41,6 +42,7 @@ def qk_norm_rope_store(
 
     Raises:
         ValueError: shapes that do not fit each other.
+        IndexError: on a CPU, a slot that the pages do not have.
         NotImplementedError: a head size that no kernel is shipped for, on a GPU.
     """
     num_kv_heads, head_dim = k_pages.shape[2], k_pages.shape[3]
@@ -55,4 +57,6 @@ def qk_norm_rope_store(
         from jetflow_kernels.qk_norm_rope_store.kernel import qk_norm_rope_store_triton
 
         return qk_norm_rope_store_triton(*operands, num_heads=num_heads, eps=eps)
+    if (q := rows.qk_norm_rope_store(*operands, num_heads=num_heads, eps=eps)) is not None:
+        return q
     return qk_norm_rope_store_cpu(*operands, num_heads=num_heads, eps=eps)

@@ -1,0 +1,131 @@
+"""The compiled functions of `rows.c`, loaded on first use."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jetflow_kernels.cpu.compiler import Compiler, build, find_compiler, is_whole, library_folder, library_name
+
+_LOG = logging.getLogger(__name__)
+_LOCK = threading.Lock()
+
+_POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+#: Of each function what it takes and what it returns, as in `rows.c`.
+_SIGNATURES: dict[str, tuple[list[Any], Any]] = {
+    "rms_norm": ([_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT, _INT, _INT], None),
+    "silu_mul": ([_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _INT, _INT], None),
+    "qk_norm_rope_store": (
+        [_POINTER, _SIZE, *[_POINTER] * 7, *[_SIZE] * 5, _FLOAT, _INT, _INT, _INT],
+        ctypes.c_int,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Functions:
+    """Those of `rows.c`, ready to be called in two ways."""
+
+    #: With the interpreter's lock held: for what takes less time than another thread needs to take over.
+    held: ctypes.CDLL
+    #: With the lock released.
+    released: ctypes.CDLL
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuKernels:
+    """What this process has."""
+
+    functions: Functions | None
+    #: Who compiled them, or why there are none.
+    detail: str
+
+
+_found: CpuKernels | None = None
+
+
+def cpu_kernels() -> CpuKernels:
+    """The functions of this process; compiled and loaded by the first call. Raises nothing: where there is no
+    compiler, or ``JETFLOW_CPU_KERNELS=0`` asks for it, there are no functions, and plain torch does the same work."""
+    global _found
+    if _found is None:
+        with _LOCK:
+            if _found is None:
+                _found = load_cpu_kernels()
+    return _found
+
+
+def load_cpu_kernels() -> CpuKernels:
+    """Compiles and loads them anew."""
+    if os.environ.get("JETFLOW_CPU_KERNELS") == "0":
+        return CpuKernels(functions=None, detail="off: JETFLOW_CPU_KERNELS=0")
+    try:
+        compiler = find_compiler()
+        has_openmp = compiler.calls_gnu_openmp and _share_openmp()
+        return _first_that_loads(compiler, has_openmp=has_openmp)
+    except Exception as error:
+        # Whatever is wrong with a compiler, a folder or a system must not stop what works without them.
+        _LOG.warning("no compiled CPU kernels, plain torch instead: %s", error)
+        return CpuKernels(functions=None, detail=f"none: {error}")
+
+
+def _first_that_loads(compiler: Compiler, *, has_openmp: bool) -> CpuKernels:
+    """The best that the compiler can make. Raises OSError with the last reason where it can make nothing."""
+    native = ("-march=native",)
+    variants = [native, ()] if not has_openmp else [(*native, "-fopenmp"), native, ()]
+    reason: OSError | None = None
+    for flags in variants:
+        try:
+            functions = _load(compiler, flags)
+        except OSError as error:
+            _LOG.debug("CPU kernels with %s: %s", " ".join(flags) or "no flags", error)
+            reason = error
+        else:
+            threads = "threads" if "-fopenmp" in flags else "one thread"
+            return CpuKernels(functions=functions, detail=f"compiled by {compiler.version}, {threads}")
+    assert reason is not None
+    raise reason
+
+
+def _load(compiler: Compiler, flags: tuple[str, ...]) -> Functions:
+    """What was compiled before, or else now. Raises OSError where that cannot be compiled or loaded."""
+    with library_folder() as folder:
+        path = folder / library_name(compiler, flags)
+        if is_whole(path):
+            try:
+                return _declared(path)
+            except OSError as error:
+                _LOG.debug("%s is compiled again: %s", path, error)
+        build(compiler, flags, path)
+        return _declared(path)
+
+
+def _declared(path: Path) -> Functions:
+    """Loads them and tells ctypes their types."""
+    functions = Functions(held=ctypes.PyDLL(str(path)), released=ctypes.CDLL(str(path)))
+    for library in (functions.held, functions.released):
+        for name, (arguments, result) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, result
+    return functions
+
+
+def _share_openmp() -> bool:
+    """Makes the GNU OpenMP that torch has loaded serve what is loaded from now on; false where it has loaded none."""
+    bundled = Path(torch.__file__).parent
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        paths = {line.split(maxsplit=5)[5] for line in lines if "libgomp" in line}
+        # Other packages may bring one of their own.
+        path = min(paths, key=lambda each: (bundled not in Path(each).parents, each))
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL | os.RTLD_NOLOAD)
+    except (OSError, ValueError, AttributeError):
+        return False
+    return True
