@@ -9,7 +9,7 @@ from jetflow_kernels.cpu.library import cpu_kernels
 #: Whether activations of a dtype are half as wide as fp32, as `rows.c` asks for it; others are not served.
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
 #: Elements from which on rows are split among torch's threads: below, waking them costs more than they do.
-_LARGE = 1 << 15
+_LARGE = 1 << 16
 #: As in `rows.c`.
 _MAX_HEAD_DIM = 512
 
