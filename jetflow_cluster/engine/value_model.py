@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 
 from jetflow_cluster.tree.build import MIN_SCORE, SCORE_UNIT, CandidateTable
 from jetflow_cluster.tree.draft_tree import DraftTree
+from jetflow_kernels.cpu.trees import map_scores
 
 #: Depths that are told apart; deeper ones count as the last.
 NUM_DEPTHS = 8
@@ -66,18 +67,11 @@ class ValueModel:
 
     def calibrate(self, tables: Sequence[CandidateTable | None], kinds: Sequence[int]) -> list[CandidateTable | None]:
         """The tables with their scores mapped."""
-        chosen = [i for i, table in enumerate(tables) if table is not None]
+        maps = np.ascontiguousarray(self.maps)
         found = list(tables)
-        if not chosen:
-            return found
-        arrays = [np.ascontiguousarray(_scores(tables[i])) for i in chosen]
-        maps = np.concatenate([_rows_of(a.shape) + kinds[i] * NUM_DEPTHS for i, a in zip(chosen, arrays, strict=True)])
-        mapped = apply_maps(self.maps.reshape(-1, NUM_KNOTS), maps, np.concatenate([a.ravel() for a in arrays]))
-        ends = np.cumsum([a.size for a in arrays])
-        for i, array, part in zip(chosen, arrays, np.split(mapped, ends[:-1]), strict=True):
-            table = tables[i]
-            assert table is not None
-            found[i] = replace(table, scores=torch.from_numpy(part.reshape(array.shape)))
+        for i, (table, kind) in enumerate(zip(tables, kinds, strict=True)):
+            if table is not None:
+                found[i] = CandidateTable(ids=table.ids, scores=_mapped(table.scores, maps[kind]))
         return found
 
     def observe(self, trees: Sequence[DraftTree], accepted: Sequence[Sequence[int]], kinds: Sequence[int]) -> None:
@@ -202,12 +196,16 @@ def apply_maps(maps: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> np.nda
     within *= flat[at + 1] - low
     within >>= KNOT_SHIFT
     mapped += within
-    return np.negative(np.minimum(mapped, -MIN_SCORE, out=mapped), out=mapped)
+    return np.negative(np.clip(mapped, 0, -MIN_SCORE, out=mapped), out=mapped)
 
 
-def _scores(table: CandidateTable | None) -> np.ndarray:
-    assert table is not None
-    return np.asarray(table.scores.cpu().numpy())
+def _mapped(scores: torch.Tensor, maps: np.ndarray) -> torch.Tensor:
+    """Scores ``[D, P, W]`` through the maps of one kind of requests, ``[NUM_DEPTHS, NUM_KNOTS]``."""
+    found = map_scores(scores, maps, knot_shift=KNOT_SHIFT, worst=-MIN_SCORE)
+    if found is None:
+        flat = np.ascontiguousarray(scores.cpu().numpy()).ravel()
+        found = torch.from_numpy(apply_maps(maps, _rows_of(tuple(scores.shape)), flat).reshape(scores.shape))
+    return found
 
 
 @lru_cache(64)

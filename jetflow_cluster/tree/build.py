@@ -14,7 +14,7 @@ worth no more than its parent. So the best set is the best of these prefixes, wh
 token, a chain, and no speculation at all are among them. At the optimum a node is worth at least its marginal cost at
 the rate of tokens per second that is reached, and what is left out is worth less (Dinkelbach's condition). Values are
 integers, ratios are compared by cross multiplication, and of equal ones the smaller set is taken, so that every device
-chooses alike.
+chooses alike. On a CPU with a compiler C grows them (`jetflow_kernels.cpu`), elsewhere the Python below.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from jetflow_cluster.tree.draft_tree import DraftTree
+from jetflow_kernels.cpu.trees import grow_trees
 
 #: Fixed-point units per nat.
 SCORE_UNIT = 2**16
@@ -39,6 +40,7 @@ VALUE_UNIT = 2**24
 VALUE_SHIFT = 8
 #: Expected tokens of a node by its score, ``[min(-score >> VALUE_SHIFT, last)]``, over 24 nats.
 VALUE_TABLE = tuple(round(VALUE_UNIT * math.exp(-i / 256)) for i in range(24 * 256))
+_VALUES = np.array(VALUE_TABLE, dtype=np.int64)
 #: Nodes between two looks at whether more of them could still pay.
 _LOOK_EVERY = 16
 
@@ -106,22 +108,52 @@ def build_trees(
     Raises:
         ValueError: when the budget does not cover the roots, or the costs do not cover the budget.
     """
-    num_left = sum(max_nodes)
+    num_roots, num_left = len(tables), sum(max_nodes)
     if verify_budget is not None:
-        if verify_budget < len(tables):
-            raise ValueError(f"verify_budget = {verify_budget}: must cover the roots of {len(tables)} trees")
-        num_left = verify_budget - len(tables)
-    biases = [0] * len(tables) if biases is None else biases
+        if verify_budget < num_roots:
+            raise ValueError(f"verify_budget = {verify_budget}: must cover the roots of {num_roots} trees")
+        num_left = verify_budget - num_roots
+    biases = [0] * num_roots if biases is None else biases
+    room = [
+        0 if one is None or d <= 0 else max(n - 1, 0) for one, n, d in zip(tables, max_nodes, max_depths, strict=True)
+    ]
+    costs = None
+    if row_costs is not None:
+        num_left = min(num_left, sum(room))
+        if len(row_costs) <= num_roots + num_left:
+            raise ValueError(f"row_costs for {len(row_costs) - 1} rows: must go up to {num_roots + num_left}")
+        costs = row_costs[num_roots : num_roots + num_left + 1].astype(np.int64)
+    pairs = [None if table is None else (table.ids, table.scores) for table in tables]
+    grown = grow_trees(
+        pairs,
+        anchor_ids,
+        num_left=room,
+        max_depths=max_depths,
+        total_left=num_left,
+        biases=biases,
+        costs=costs,
+        values=_VALUES,
+    )
+    if grown is not None:
+        return [DraftTree(token_ids=t, parents=p, depths=d, scores=s) for t, p, d, s in grown]
+    return _grow_here(tables, anchor_ids, max_nodes, max_depths, biases, num_left, costs)
+
+
+def _grow_here(
+    tables: Sequence[CandidateTable | None],
+    anchor_ids: Sequence[int],
+    max_nodes: Sequence[int],
+    max_depths: Sequence[int],
+    biases: Sequence[int],
+    num_left: int,
+    costs: np.ndarray | None,
+) -> list[DraftTree]:
+    """The trees of `build_trees`, grown in Python; `costs` begins where all trees are bare roots."""
     growing = [
         _GrowingTree(anchor, table, nodes, depth, bias)
         for table, anchor, nodes, depth, bias in zip(tables, anchor_ids, max_nodes, max_depths, biases, strict=True)
     ]
-    price = None
-    if row_costs is not None:
-        num_left = min(num_left, sum(tree.num_left for tree in growing))
-        if len(row_costs) <= len(tables) + num_left:
-            raise ValueError(f"row_costs for {len(row_costs) - 1} rows: must go up to {len(tables) + num_left}")
-        price = _Price(row_costs, len(tables), num_left)
+    price = None if costs is None else _Price(costs, len(tables))
     _grow(growing, num_left, price)
     if price is not None:
         price.cut(growing)
@@ -177,9 +209,9 @@ class _GrowingTree:
 class _Price:
     """Which number of nodes, taken best first, gives the most expected tokens per cost."""
 
-    def __init__(self, row_costs: np.ndarray, num_roots: int, max_nodes: int):
-        self._costs: list[int] = row_costs[num_roots : num_roots + max_nodes + 1].tolist()
-        self._later = row_costs[num_roots : num_roots + max_nodes + 1].astype(np.int64)
+    def __init__(self, costs: np.ndarray, num_roots: int):
+        self._costs: list[int] = costs.tolist()
+        self._later = costs
         #: Tree of each node that was taken, in order.
         self._taken: list[int] = []
         self._value = num_roots * VALUE_UNIT

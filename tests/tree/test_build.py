@@ -12,6 +12,8 @@ import torch
 from jetflow_cluster.tree.build import CandidateTable, build_trees, to_fixed_point
 from jetflow_cluster.tree.draft_tree import DraftTree
 
+pytestmark = pytest.mark.usefixtures("grown_by")
+
 
 def random_table(rng: random.Random, depth: int, width: int, *, conditional: bool, spread: int) -> CandidateTable:
     """Scores in [-spread, 0], so that a small spread gives many ties; token ids repeat."""

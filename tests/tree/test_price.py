@@ -20,6 +20,8 @@ from jetflow_cluster.tree.build import (
 )
 from jetflow_cluster.tree.draft_tree import DraftTree
 
+pytestmark = pytest.mark.usefixtures("grown_by")
+
 Path = tuple[int, ...]
 
 

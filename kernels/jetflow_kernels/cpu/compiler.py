@@ -1,4 +1,4 @@
-"""Builds `rows.c` with this machine's compiler and keeps what it built."""
+"""Builds the C sources with this machine's compiler and keeps what it built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("rows.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "trees.c"))
 #: Nothing that lets the compiler reassociate, fuse products with sums, or take NaN and infinity for impossible.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _COMPILE_LIMIT_S = 120.0
@@ -50,9 +50,10 @@ def find_compiler() -> Compiler:
 
 
 def library_name(compiler: Compiler, flags: tuple[str, ...]) -> str:
-    """A file name for what is built of this source, by this compiler, for this processor: homes may be shared."""
-    parts = (_SOURCE.read_text(encoding="utf-8"), *compiler.command, compiler.version, *_FLAGS, *flags, _processor())
-    return f"rows-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
+    """A file name for what is built of these sources, by this compiler, for this processor: homes may be shared."""
+    sources = [source.read_text(encoding="utf-8") for source in _SOURCES]
+    parts = (*sources, *compiler.command, compiler.version, *_FLAGS, *flags, _processor())
+    return f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
 
 
 def build(compiler: Compiler, flags: tuple[str, ...], target: Path) -> None:
@@ -62,10 +63,11 @@ def build(compiler: Compiler, flags: tuple[str, ...], target: Path) -> None:
         OSError: the compiler's reason, or the folder's.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        compiled, linked = Path(folder, "rows.o"), Path(folder, "rows.so")
-        _run([*compiler.command, *_FLAGS, *flags, "-c", str(_SOURCE), "-o", str(compiled)])
+        compiled, linked = [Path(folder, f"{source.stem}.o") for source in _SOURCES], Path(folder, "cpu.so")
+        for source, made in zip(_SOURCES, compiled, strict=True):
+            _run([*compiler.command, *_FLAGS, *flags, "-c", str(source), "-o", str(made)])
         # Linked without -fopenmp: the library that torch has loaded is to serve, and no second one.
-        _run([*compiler.command, "-shared", str(compiled), "-o", str(linked)])
+        _run([*compiler.command, "-shared", *map(str, compiled), "-o", str(linked)])
         content = linked.read_bytes()
         linked.write_bytes(content + hashlib.sha256(content).digest())
         linked.replace(target)

@@ -1,4 +1,4 @@
-"""The compiled functions of `rows.c`, loaded on first use."""
+"""The compiled functions, loaded on first use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 _LOCK = threading.Lock()
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-#: Of each function what it takes and what it returns, as in `rows.c`.
+#: Of each function what it takes and what it returns, as in the sources.
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "rms_norm": ([_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT, _INT, _INT], None),
     "silu_mul": ([_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _INT, _INT], None),
@@ -26,12 +26,17 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
         [_POINTER, _SIZE, *[_POINTER] * 7, *[_SIZE] * 5, _FLOAT, _INT, _INT, _INT],
         ctypes.c_int,
     ),
+    "grow_trees": (
+        [_POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER],
+        ctypes.c_int,
+    ),
+    "map_scores": ([_POINTER, _SIZE, _SIZE, _POINTER, *[_SIZE] * 4, _POINTER], None),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Functions:
-    """Those of `rows.c`, ready to be called in two ways."""
+    """All of them, ready to be called in two ways."""
 
     #: With the interpreter's lock held: for what takes less time than another thread needs to take over.
     held: ctypes.CDLL

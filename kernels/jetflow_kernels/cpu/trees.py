@@ -1,0 +1,109 @@
+"""Calls of `trees.c`. Each returns None where it cannot serve; the caller's Python does the same then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from jetflow_kernels.cpu.library import cpu_kernels
+
+#: As in `trees.c`.
+_MAX_DEPTH = 128
+#: Nodes that there is room made for: more is asked for where all that a table holds is wanted.
+_MOST_ROOM = 1 << 20
+#: Fields of a request there.
+_NUM_FIELDS = 8
+
+#: Token ids, parents, depths and scores of a tree's nodes.
+Nodes = tuple[list[int], list[int], list[int], list[int]]
+
+
+def grow_trees(
+    tables: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
+    anchor_ids: Sequence[int],
+    *,
+    num_left: Sequence[int],
+    max_depths: Sequence[int],
+    total_left: int,
+    biases: Sequence[int],
+    costs: np.ndarray | None,
+    values: np.ndarray,
+) -> list[Nodes] | None:
+    """The trees of `jetflow_cluster.tree.build.build_trees`.
+
+    Args:
+        tables: ids int64 ``[D, W]`` and scores int32 ``[D, P, W]`` of each request, on the CPU; None is a bare root.
+        anchor_ids: token of each root.
+        num_left: most nodes of each tree beside its root; 0 where there is no table.
+        max_depths: deepest node of each tree.
+        total_left: most nodes of all trees beside their roots.
+        biases: of each request.
+        costs: int64, of 0 to all such nodes; None is no price.
+        values: int64, expected tokens by score.
+    """
+    functions = cpu_kernels().functions
+    num, room = len(tables), 1 + max(num_left, default=0)
+    if functions is None or num * room > _MOST_ROOM:
+        return None
+    fields = np.zeros((num, _NUM_FIELDS), dtype=np.int64)
+    # What the addresses point at must live as long as the call.
+    held = []
+    for row, table, left, depth, bias in zip(fields, tables, num_left, max_depths, biases, strict=True):
+        if table is None or not left:
+            continue
+        ids, scores = table[0].contiguous(), table[1].contiguous()
+        if ids.shape[0] > _MAX_DEPTH or scores.dtype is not torch.int32 or not scores.is_cpu:
+            return None
+        held.append((ids, scores))
+        row[:] = (ids.data_ptr(), scores.data_ptr(), ids.shape[0], scores.shape[1], ids.shape[1], left, depth, bias)
+    out = np.empty((4, num, room), dtype=np.int64)
+    out[0, :, 0], out[1, :, 0], out[2:, :, 0] = anchor_ids, -1, 0
+    counts = np.empty(num, dtype=np.int64)
+    price = None if costs is None else np.ascontiguousarray(costs, dtype=np.int64)
+    failed = functions.held.grow_trees(
+        fields.ctypes.data,
+        num,
+        total_left,
+        None if price is None else price.ctypes.data,
+        0 if price is None else len(price),
+        values.ctypes.data,
+        len(values),
+        out.ctypes.data,
+        room,
+        counts.ctypes.data,
+    )
+    if failed:
+        return None
+    token_ids, parents, depths, scores_of = out.tolist()
+    return [(token_ids[r][:n], parents[r][:n], depths[r][:n], scores_of[r][:n]) for r, n in enumerate(counts.tolist())]
+
+
+def map_scores(scores: torch.Tensor, maps: np.ndarray, *, knot_shift: int, worst: int) -> torch.Tensor | None:
+    """Scores through the map of their depth; see `jetflow_cluster.engine.value_model.apply_maps`.
+
+    Args:
+        scores: int32 ``[D, P, W]``.
+        maps: int32 ``[num_depths, num_knots]`` of the request's kind, contiguous; the last serves all deeper ones.
+        knot_shift: distance of the knots, as a shift.
+        worst: the worst score, negated.
+    """
+    functions = cpu_kernels().functions
+    if functions is None or not scores.is_cpu:
+        return None
+    scores = scores.contiguous()
+    out = torch.empty_like(scores)
+    num_depths, num_parents, width = scores.shape
+    functions.held.map_scores(
+        scores.data_ptr(),
+        num_depths,
+        num_parents * width,
+        maps.ctypes.data,
+        maps.shape[0],
+        maps.shape[1],
+        knot_shift,
+        worst,
+        out.data_ptr(),
+    )
+    return out
