@@ -201,7 +201,7 @@ def apply_maps(maps: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> np.nda
 
 def _mapped(scores: torch.Tensor, maps: np.ndarray) -> torch.Tensor:
     """Scores ``[D, P, W]`` through the maps of one kind of requests, ``[NUM_DEPTHS, NUM_KNOTS]``."""
-    found = map_scores(scores, maps, knot_shift=KNOT_SHIFT, worst=-MIN_SCORE)
+    found = map_scores(scores, torch.from_numpy(maps), knot_shift=KNOT_SHIFT, worst=-MIN_SCORE)
     if found is None:
         flat = np.ascontiguousarray(scores.cpu().numpy()).ravel()
         found = torch.from_numpy(apply_maps(maps, _rows_of(tuple(scores.shape)), flat).reshape(scores.shape))

@@ -40,7 +40,7 @@ VALUE_UNIT = 2**24
 VALUE_SHIFT = 8
 #: Expected tokens of a node by its score, ``[min(-score >> VALUE_SHIFT, last)]``, over 24 nats.
 VALUE_TABLE = tuple(round(VALUE_UNIT * math.exp(-i / 256)) for i in range(24 * 256))
-_VALUES = np.array(VALUE_TABLE, dtype=np.int64)
+_VALUES = torch.tensor(VALUE_TABLE, dtype=torch.int64)
 #: Nodes between two looks at whether more of them could still pay.
 _LOOK_EVERY = 16
 
@@ -114,9 +114,8 @@ def build_trees(
             raise ValueError(f"verify_budget = {verify_budget}: must cover the roots of {num_roots} trees")
         num_left = verify_budget - num_roots
     biases = [0] * num_roots if biases is None else biases
-    room = [
-        0 if one is None or d <= 0 else max(n - 1, 0) for one, n, d in zip(tables, max_nodes, max_depths, strict=True)
-    ]
+    limits = zip(tables, max_nodes, max_depths, strict=True)
+    room = [0 if table is None or depth <= 0 else max(nodes - 1, 0) for table, nodes, depth in limits]
     costs = None
     if row_costs is not None:
         num_left = min(num_left, sum(room))
@@ -131,7 +130,7 @@ def build_trees(
         max_depths=max_depths,
         total_left=num_left,
         biases=biases,
-        costs=costs,
+        costs=None if costs is None else torch.from_numpy(costs),
         values=_VALUES,
     )
     if grown is not None:

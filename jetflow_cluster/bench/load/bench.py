@@ -175,4 +175,9 @@ def _measure_and_write(
 
 
 def _described(config: LoadBenchConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(config), default=str)) | {"load_average": os.getloadavg()[0]}
+    described: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    # Where results are written is no part of them, and a trace is known by its name.
+    described.pop("output_dir")
+    if config.trace is not None:
+        described["trace"] = Path(config.trace).name
+    return described | {"load_average": os.getloadavg()[0]}

@@ -179,8 +179,8 @@ static void grow(Tree *trees, int64_t num_requests, int64_t num_left, Price *pri
     }
 }
 
-/* Trees of all requests. `out` is [4, num_requests, room]: token ids, parents, depths and scores of nodes, the root's
- * being there; `num_nodes` is what each tree has in the end. `costs` [num_costs] begins where all trees are bare roots;
+/* Trees of all requests. `out` is [4, num_requests, room]: token ids, parents, depths and scores of nodes behind the
+ * root, whose places are left as they are; `num_nodes` is what each tree has in the end. `costs` [num_costs] begins where all trees are bare roots;
  * NULL is no price. Returns 0, or 1 where there is no memory. */
 int grow_trees(const Table *tables, int64_t num_requests, int64_t num_left, const int64_t *costs, int64_t num_costs,
                const int64_t *values, int64_t num_values, int64_t *out, int64_t room, int64_t *num_nodes) {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from jetflow_kernels.cpu.library import cpu_kernels
@@ -28,8 +28,8 @@ def grow_trees(
     max_depths: Sequence[int],
     total_left: int,
     biases: Sequence[int],
-    costs: np.ndarray | None,
-    values: np.ndarray,
+    costs: torch.Tensor | None,
+    values: torch.Tensor,
 ) -> list[Nodes] | None:
     """The trees of `jetflow_cluster.tree.build.build_trees`.
 
@@ -40,47 +40,49 @@ def grow_trees(
         max_depths: deepest node of each tree.
         total_left: most nodes of all trees beside their roots.
         biases: of each request.
-        costs: int64, of 0 to all such nodes; None is no price.
-        values: int64, expected tokens by score.
+        costs: int64 ``[total_left + 1]``, with 0 to all such nodes, contiguous; None is no price.
+        values: int64, expected tokens by score, contiguous.
     """
     functions = cpu_kernels().functions
     num, room = len(tables), 1 + max(num_left, default=0)
     if functions is None or num * room > _MOST_ROOM:
         return None
-    fields = np.zeros((num, _NUM_FIELDS), dtype=np.int64)
+    fields: list[int] = []
     # What the addresses point at must live as long as the call.
     held = []
-    for row, table, left, depth, bias in zip(fields, tables, num_left, max_depths, biases, strict=True):
+    for table, left, depth, bias in zip(tables, num_left, max_depths, biases, strict=True):
         if table is None or not left:
+            fields += [0] * _NUM_FIELDS
             continue
         ids, scores = table[0].contiguous(), table[1].contiguous()
-        if ids.shape[0] > _MAX_DEPTH or scores.dtype is not torch.int32 or not scores.is_cpu:
+        if ids.shape[0] > _MAX_DEPTH or not (ids.is_cpu and scores.is_cpu):
             return None
         held.append((ids, scores))
-        row[:] = (ids.data_ptr(), scores.data_ptr(), ids.shape[0], scores.shape[1], ids.shape[1], left, depth, bias)
-    out = np.empty((4, num, room), dtype=np.int64)
-    out[0, :, 0], out[1, :, 0], out[2:, :, 0] = anchor_ids, -1, 0
-    counts = np.empty(num, dtype=np.int64)
-    price = None if costs is None else np.ascontiguousarray(costs, dtype=np.int64)
+        fields += (ids.data_ptr(), scores.data_ptr(), ids.shape[0], scores.shape[1], ids.shape[1], left, depth, bias)
+    out = torch.empty((4, num, room), dtype=torch.int64)
+    counts = (ctypes.c_int64 * num)()
     failed = functions.held.grow_trees(
-        fields.ctypes.data,
+        (ctypes.c_int64 * len(fields))(*fields),
         num,
         total_left,
-        None if price is None else price.ctypes.data,
-        0 if price is None else len(price),
-        values.ctypes.data,
+        None if costs is None else costs.data_ptr(),
+        0 if costs is None else len(costs),
+        values.data_ptr(),
         len(values),
-        out.ctypes.data,
+        out.data_ptr(),
         room,
-        counts.ctypes.data,
+        counts,
     )
     if failed:
         return None
-    token_ids, parents, depths, scores_of = out.tolist()
-    return [(token_ids[r][:n], parents[r][:n], depths[r][:n], scores_of[r][:n]) for r, n in enumerate(counts.tolist())]
+    found: list[Nodes] = []
+    for anchor, n, *nodes in zip(anchor_ids, counts, *out.tolist(), strict=True):
+        token_ids, parents, depths, found_scores = ([root, *nodes[i][1:n]] for i, root in enumerate((anchor, -1, 0, 0)))
+        found.append((token_ids, parents, depths, found_scores))
+    return found
 
 
-def map_scores(scores: torch.Tensor, maps: np.ndarray, *, knot_shift: int, worst: int) -> torch.Tensor | None:
+def map_scores(scores: torch.Tensor, maps: torch.Tensor, *, knot_shift: int, worst: int) -> torch.Tensor | None:
     """Scores through the map of their depth; see `jetflow_cluster.engine.value_model.apply_maps`.
 
     Args:
@@ -99,7 +101,7 @@ def map_scores(scores: torch.Tensor, maps: np.ndarray, *, knot_shift: int, worst
         scores.data_ptr(),
         num_depths,
         num_parents * width,
-        maps.ctypes.data,
+        maps.data_ptr(),
         maps.shape[0],
         maps.shape[1],
         knot_shift,
