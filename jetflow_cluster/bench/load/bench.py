@@ -178,6 +178,4 @@ def _described(config: LoadBenchConfig) -> dict[str, Any]:
     described: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     # Where results are written is no part of them, and a trace is known by its name.
     described.pop("output_dir")
-    if config.trace is not None:
-        described["trace"] = Path(config.trace).name
-    return described | {"load_average": os.getloadavg()[0]}
+    return described | {"trace": config.trace.name} | {"load_average": os.getloadavg()[0]}
