@@ -128,6 +128,14 @@ class Pace:
         """False while a kind is left out at a load."""
         return self._record(kind, _load(num_decoding)).pause == 0
 
+    def is_ahead(self, kind: StepKind, num_decoding: int) -> bool:
+        """True where enough steps of a kind were timed at a load, and kept the pace that they must."""
+        load = _load(num_decoding)
+        record, plain = self._record(kind, load), self._record(StepKind.PLAIN, load)
+        enough = max(_LEAST_JUDGED, _NUM_JUDGED // num_decoding)
+        is_known = record.num >= _decayed(enough) and plain.num >= _NUM_PLAIN - 0.1
+        return is_known and record.pace >= _LEAST_GAIN * plain.pace
+
     def wants_plain(self, num_decoding: int) -> bool:
         """True when the pace of plain steps at a load is not known, or was last seen long ago."""
         load = _load(num_decoding)

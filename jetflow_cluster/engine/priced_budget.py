@@ -6,8 +6,8 @@ decides nothing. While nothing is drafted no hidden vectors are kept either, and
 speculation; draft contexts begin anew when drafting comes near to paying. Where guesses and not the load are the
 reason, a `Prober` tries again. Long repetitions of a request's own text need no head and are tried at any load.
 
-Steps of each kind are timed as well, and one that falls behind plain steps is left out for a while, whatever the costs
-foretell (`jetflow_cluster.engine.pace`).
+Steps of each kind are timed as well: one that falls behind plain steps is left out for a while, and drafting that is
+ahead of them goes on, whatever the costs foretell (`jetflow_cluster.engine.pace`).
 
 Behind drafting, scores are calibrated and the trees of all requests compete at the price of the step.
 """
@@ -259,6 +259,8 @@ class PricedBudget:
         self._knows_match = False
         now = self._choose(load, load.requests, self.gains)
         is_wanted = now.ratio >= (TURN_OFF if self.is_on else TURN_ON)
+        # What is timed counts for more than what is foretold.
+        is_wanted = is_wanted or (self.is_on and self.pace.is_ahead(StepKind.HEAD, load.num_decoding))
         self.is_on = is_wanted and self.pace.allows(StepKind.HEAD, load.num_decoding)
         self._choice = now
         if is_wanted and not self.is_on:

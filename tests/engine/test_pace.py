@@ -100,6 +100,16 @@ def test_a_step_that_was_held_up_decides_nothing() -> None:
     assert pace.allows(StepKind.HEAD, 8)
 
 
+@pytest.mark.parametrize(("tokens", "ahead"), [(16, False), (18, True)])
+def test_what_is_ahead_is_known_when_both_were_timed(tokens: int, ahead: bool) -> None:
+    pace = Pace()
+    _run(pace, StepKind.HEAD, times=12, tokens=tokens, took_s=0.02)
+    assert not pace.is_ahead(StepKind.HEAD, 8)
+    _run(pace, StepKind.PLAIN, times=2, tokens=8, took_s=0.01)
+    assert pace.is_ahead(StepKind.HEAD, 8) is ahead
+    assert not pace.is_ahead(StepKind.LOOKUP, 8) and not pace.is_ahead(StepKind.HEAD, 16)
+
+
 def test_plain_steps_are_timed_more_often_where_little_can_be_lost() -> None:
     pace = Pace()
     _run(pace, StepKind.HEAD, times=6, tokens=20, took_s=0.02)

@@ -175,6 +175,27 @@ def test_nothing_flutters_at_the_crossing(llm: LLM) -> None:
     assert not is_on(budget, 0.7 * crossing)
 
 
+def test_drafting_that_is_ahead_goes_on_whatever_costs_foretell(llm: LLM) -> None:
+    requests = [llm.frontend.make_request(f"r{i}", [1, 2, 3], SamplingParams(max_tokens=99)) for i in range(8)]
+    load = DecodeLoad(requests=requests, num_decoding=8, fair_nodes=64)
+    budget = PricedBudget(COST, gains(0.0))
+
+    def decide(each: float) -> bool:
+        budget.gains = gains(each)
+        budget._decide(load)
+        return budget.is_on
+
+    assert decide(1.0) and not decide(0.1)
+    for kind, tokens, took_s in ((StepKind.HEAD, 20, 20e-3), (StepKind.PLAIN, 8, 10e-3)):
+        for _ in range(12):
+            budget.pace.observe(kind, 8, tokens, took_s)
+    assert not decide(0.1), "what is off begins by what is foretold"
+    assert decide(1.0) and decide(0.1)
+    for _ in range(200):
+        budget.pace.observe(StepKind.HEAD, 8, 20, 26e-3)
+    assert not decide(0.1)
+
+
 def test_outcomes_are_counted_for_the_step_that_they_are_of(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the policy decides on the next step before it is told of the last one."""
     drafted: list[bool] = []
