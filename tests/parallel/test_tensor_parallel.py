@@ -13,6 +13,7 @@ from jetflow_cluster.models.loader import load_draft_head, load_target
 from jetflow_cluster.parallel.shard import even_slice, kv_head_slice
 from jetflow_cluster.parallel.tp_group import TpGroup
 from support.paged import empty_kv, make_batch
+from support.rank_engines import leave
 from support.small_models import MASK_ID, write_head, write_target
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def _run_rank(rank: int, size: int, folder: str, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     outputs = _outputs(Path(folder), TpGroup.from_process_group())
     torch.save(outputs, Path(store).parent / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -31,11 +32,18 @@ def _join(rank: int, size: int, store: str) -> TpGroup:
     return TpGroup.from_process_group()
 
 
+def leave() -> NoReturn:
+    """Ends a rank that did its work. At an interpreter's own end the threads of Gloo may be taken down in an order that
+    aborts the process, on a busy machine now and then."""
+    dist.destroy_process_group()
+    os._exit(0)
+
+
 def _follow(rank: int, size: int, store: str, config: EngineConfig, address: tuple[str, int], secret: bytes) -> None:
     tp = _join(rank, size, store)
     channel = FollowerChannel(address, secret)
     load_follower(config, tp=tp, channel=channel).run()
-    dist.destroy_process_group()
+    leave()
 
 
 def _lead(size: int, store: str, config: EngineConfig, work: Work, secret: bytes, addresses: Any, results: Any) -> None:
@@ -51,8 +59,10 @@ def _lead(size: int, store: str, config: EngineConfig, work: Work, secret: bytes
         for delta in frontend.engine.step():
             found.setdefault(delta.request_id, []).extend(delta.token_ids)
     channel.close()
-    dist.destroy_process_group()
     results.put(found)
+    results.close()
+    results.join_thread()
+    leave()
 
 
 def run_on_ranks(
