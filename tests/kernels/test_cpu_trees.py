@@ -60,10 +60,13 @@ def test_tables_that_are_parts_of_others() -> None:
     assert build_trees([part], [1], **limits) == build_trees([copied], [1], **limits)
 
 
-def test_what_is_too_deep_or_too_much_is_left_to_python() -> None:
+def test_what_is_too_deep_too_much_or_of_another_dtype_is_left_to_python() -> None:
     deep = torch.zeros(129, 2, dtype=torch.int64), torch.zeros(129, 1, 2, dtype=torch.int32)
     limits = {"num_left": [5], "max_depths": [200], "total_left": 5, "biases": [0], "costs": None}
     assert trees.grow_trees([deep], [0], **limits, values=build._VALUES) is None
+    for ids, scores in ((torch.int32, torch.int32), (torch.int64, torch.int64)):
+        other = torch.zeros(2, 3, dtype=ids), torch.zeros(2, 1, 3, dtype=scores)
+        assert trees.grow_trees([other], [0], **limits, values=build._VALUES) is None
     table = CandidateTable(ids=torch.arange(6).view(2, 3), scores=torch.zeros(2, 1, 3, dtype=torch.int32))
     (tree,) = build_trees([table], [0], max_nodes=[10**9], max_depths=[9])
     assert tree.num_nodes == 1 + 3 + 9

@@ -233,7 +233,7 @@ void map_scores(const int32_t *scores, int64_t num_depths, int64_t per_depth, co
     for (int64_t depth = 0; depth < num_depths; depth++) {
         const int32_t *map = maps + (depth < num_maps ? depth : num_maps - 1) * num_knots;
         for (int64_t i = depth * per_depth; i < (depth + 1) * per_depth; i++) {
-            int32_t nats = -scores[i], knot = nats >> knot_shift;
+            int32_t nats = scores[i] < 0 ? -scores[i] : 0, knot = nats >> knot_shift;
             if (knot > last) knot = last;
             int32_t rest = nats - (knot << knot_shift), within = rest < width ? rest : width;
             int64_t mapped = map[knot] + (((int64_t)map[knot + 1] - map[knot]) * within >> knot_shift) + (rest - within);

@@ -55,7 +55,7 @@ def grow_trees(
             fields += [0] * _NUM_FIELDS
             continue
         ids, scores = table[0].contiguous(), table[1].contiguous()
-        if ids.shape[0] > _MAX_DEPTH or not (ids.is_cpu and scores.is_cpu):
+        if ids.shape[0] > _MAX_DEPTH or not (_is_read(ids, torch.int64) and _is_read(scores, torch.int32)):
             return None
         held.append((ids, scores))
         fields += (ids.data_ptr(), scores.data_ptr(), ids.shape[0], scores.shape[1], ids.shape[1], left, depth, bias)
@@ -92,7 +92,7 @@ def map_scores(scores: torch.Tensor, maps: torch.Tensor, *, knot_shift: int, wor
         worst: the worst score, negated.
     """
     functions = cpu_kernels().functions
-    if functions is None or not scores.is_cpu:
+    if functions is None or not (_is_read(scores, torch.int32) and _is_read(maps, torch.int32)):
         return None
     scores = scores.contiguous()
     out = torch.empty_like(scores)
@@ -109,3 +109,8 @@ def map_scores(scores: torch.Tensor, maps: torch.Tensor, *, knot_shift: int, wor
         out.data_ptr(),
     )
     return out
+
+
+def _is_read(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """True for what `trees.c` may read as being of this dtype."""
+    return x.is_cpu and x.dtype is dtype
