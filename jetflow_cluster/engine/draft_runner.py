@@ -139,7 +139,7 @@ class HeadDrafter:
             width=width,
             anchor_ids=anchor_ids,
             sampling=sampling,
-            sidecar=self.sidecar.correction if self.sidecar is not None else None,
+            sidecar=self.sidecar,
             sharpness=self.sidecar.config.sharpness if self.sidecar is not None else 1.0,
         )
 

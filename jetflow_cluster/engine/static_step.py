@@ -228,7 +228,7 @@ class StaticStep:
             logits,
             self._width,
             noise,
-            sidecar.correction if sidecar is not None else None,
+            sidecar,
             sidecar.config.sharpness if sidecar is not None else 1.0,
         )
         return Candidates(ids=ids.contiguous(), scores=scores.contiguous())

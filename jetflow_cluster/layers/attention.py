@@ -62,15 +62,16 @@ class PagedAttention(InferenceModule):
 
     def store_context(
         self,
-        x: torch.Tensor,
+        kv: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
         slot_mapping: torch.Tensor,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
     ) -> None:
-        """Writes K and V of rows ``[N, hidden_size]`` and attends to nothing."""
-        kv = self.qkv.key_values(x).view(x.shape[0], -1, self.head_dim)
+        """Writes K and V, which `qkv.kv_weight` made, of rows ``[N, 2 * num_kv_heads * head_dim]``; attends to
+        nothing."""
+        kv = kv.unflatten(1, (-1, self.head_dim))
         k_norm = self.qk_norm[self.num_heads :] if self.qk_norm is not None else None
         qk_norm_rope_store(kv, k_norm, cos, sin, slot_mapping, k_pages, v_pages, num_heads=0, eps=self._eps)
 

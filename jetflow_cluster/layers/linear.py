@@ -126,14 +126,11 @@ class QkvLinear(MergedColumnLinear):
         rows = [slice(s.start * head_dim, s.stop * head_dim) for s in (q, kv, kv)]
         sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
         super().__init__(("q_proj", "k_proj", "v_proj"), hidden_size, sizes, tuple(rows))
-        self._packed_kv: torch.Tensor | None = None
 
-    def key_values(self, x: torch.Tensor) -> torch.Tensor:
-        """K and V alone, ``[N, (K + V) sizes]``."""
-        weight = self.weight[self.local_sizes[0] :]
-        if self._packed is not None and self._packed_kv is None:
-            self._packed_kv = pack(weight)
-        return project(x, weight, self._packed_kv)
+    @property
+    def kv_weight(self) -> torch.Tensor:
+        """The rows of K and V alone, ``[K + V sizes, hidden_size]``."""
+        return self.weight[self.local_sizes[0] :]
 
 
 class RowParallelLinear(Linear):

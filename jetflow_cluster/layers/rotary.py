@@ -75,11 +75,19 @@ def inverse_frequencies(config: RopeConfig, head_dim: int, device: torch.device)
     return 1.0 / (config.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept, attention
 
 
+#: Positions that are computed at once, so that a position's angles do not depend on when they were; and how many a CPU
+#: keeps, 8 MB of fp32 at a head_dim of 128.
+_BLOCK, _MOST_KEPT = 1024, 8192
+
+
 class Rotary:
-    """Cos and sin of positions; computed once per batch and used by all layers."""
+    """Cos and sin of positions; made once per batch and used by all layers. A CPU keeps them: to look a step's few
+    positions up takes a fifth of the time that it takes to compute them."""
 
     def __init__(self, config: RopeConfig, head_dim: int, device: torch.device):
         self._frequencies, self._scale = inverse_frequencies(config, head_dim, device)
+        #: cos and sin by dtype, of positions 0, 1 and so on, as far as they were asked for.
+        self._kept: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, each ``[T, 1, head_dim]``, of int64 positions ``[T]``.
@@ -87,6 +95,24 @@ class Rotary:
         They are computed in fp32 whatever the dtype, as `transformers` does. The first half of sin is negative, so
         that one roll serves both halves of `rotate`.
         """
+        if positions.is_cpu and positions.shape[0] and (least := int(positions.max()) + 1) <= _MOST_KEPT:
+            cos, sin = self._table(least, dtype)
+            return cos.index_select(0, positions), sin.index_select(0, positions)
+        return self._computed(positions, dtype)
+
+    def _table(self, num: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The angles of so many positions or more."""
+        kept = self._kept.get(dtype)
+        if kept is None or kept[0].shape[0] < num:
+            blocks = range(0, num, _BLOCK)
+            # Not of inference mode, for whoever else looks them up.
+            with torch.inference_mode(False):
+                parts = [self._computed(torch.arange(first, first + _BLOCK), dtype) for first in blocks]
+                kept = torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
+            self._kept[dtype] = kept
+        return kept
+
+    def _computed(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         angles = positions[:, None].to(torch.float32) * self._frequencies
         cos, sin = angles.cos(), angles.sin()
         if self._scale != 1.0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from jetflow_cluster.layers.inference_module import InferenceModule
-from jetflow_cluster.layers.linear import Piece, ReplicatedLinear, prefixed
+from jetflow_cluster.layers.linear import Piece, ReplicatedLinear, is_packable, pack, prefixed, project
 from jetflow_cluster.layers.norm import RmsNorm
 from jetflow_cluster.layers.rotary import Rotary
 from jetflow_cluster.models.batch import ForwardBatch, layer_pages
@@ -163,6 +163,8 @@ class DraftHead(DraftFuser):
         self.layers = nn.ModuleList(self._stack)
         self.norm = RmsNorm("norm", config.hidden_size, config.rms_norm_eps)
         self._rotary = Rotary(config.rope, config.head_dim, device)
+        #: K and V of all layers as one product, where weights are laid out anew anyway.
+        self._packed_context: torch.Tensor | None = None
 
     @property
     def num_local_heads(self) -> int:
@@ -186,8 +188,19 @@ class DraftHead(DraftFuser):
             kv: ``[num_layers, 2, num_pages, page_size, num_local_kv_heads, head_dim]``.
         """
         cos, sin = self._rotary.angles(positions, fused.dtype)
-        for layer, (k_pages, v_pages) in zip(self._stack, layer_pages(kv), strict=True):
-            layer.attention.store_context(fused, cos, sin, slot_mapping, k_pages, v_pages)
+        for layer, rows, (k_pages, v_pages) in zip(
+            self._stack, self._context_rows(fused), layer_pages(kv), strict=True
+        ):
+            layer.attention.store_context(rows, cos, sin, slot_mapping, k_pages, v_pages)
+
+    def _context_rows(self, fused: torch.Tensor) -> Sequence[torch.Tensor]:
+        """K and V of N tokens in each layer, ``[N, 2 * num_local_kv_heads * head_dim]``."""
+        weights = [layer.attention.qkv.kv_weight for layer in self._stack]
+        if not is_packable(weights[0], fused.device):
+            return [project(fused, weight) for weight in weights]
+        if self._packed_context is None:
+            self._packed_context = pack(torch.cat(weights))
+        return project(fused, weights[0], self._packed_context).chunk(len(weights), 1)
 
     def forward(self, embeds: torch.Tensor, batch: ForwardBatch, kv: torch.Tensor) -> torch.Tensor:
         """Blocks of anchor and masks, embedded ``[T, hidden_size]``, to final-normed hidden states of the same shape.

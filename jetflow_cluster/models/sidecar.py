@@ -32,7 +32,7 @@ class SideCarConfig:
 
 
 class SideCar(nn.Module):
-    """``correction(p, c) = <parent[p], child[c]>``, added to the logit of token c behind token p."""
+    """``<parent[p], child[c]>`` is added to the logit of token c behind token p; a `Correction` of tables."""
 
     def __init__(self, config: SideCarConfig, parent: torch.Tensor, child: torch.Tensor):
         super().__init__()
@@ -44,10 +44,6 @@ class SideCar(nn.Module):
         self.config = config
         self.parent = nn.Parameter(parent, requires_grad=False)
         self.child = nn.Parameter(child, requires_grad=False)
-
-    def correction(self, parent_ids: torch.Tensor, child_ids: torch.Tensor) -> torch.Tensor:
-        """int64 ids ``[.., P]`` and ``[.., W]`` to corrections ``[.., P, W]``."""
-        return self.parent[parent_ids] @ self.child[child_ids].transpose(-1, -2)
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:

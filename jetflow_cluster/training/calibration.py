@@ -49,9 +49,7 @@ def fit_sharpness(head_dir: Path, rollouts: Rollouts) -> float:
     for p in range(rollouts.num_prompts):
         logits = head_logits(head, rollouts, p)
         for sharpness, found in tables.items():
-            found.append(
-                tables_along(logits, rollouts, p, width=_WIDTH, sidecar=sidecar.correction, sharpness=sharpness)
-            )
+            found.append(tables_along(logits, rollouts, p, width=_WIDTH, sidecar=sidecar, sharpness=sharpness))
     lengths = {}
     for sharpness, found in tables.items():
 
@@ -79,7 +77,7 @@ def fit_lookup_weights(head_dir: Path, rollouts: Rollouts) -> list[list[float]]:
             rollouts,
             p,
             width=_WIDTH,
-            sidecar=sidecar.correction if sidecar is not None else None,
+            sidecar=sidecar,
             sharpness=sidecar.config.sharpness if sidecar is not None else 1.0,
         )
         _note(rollouts, p, tables, seen)

@@ -172,7 +172,7 @@ class _Comparison:
                             p,
                             width=width,
                             coupled=coupled,
-                            sidecar=sidecar.correction if corrected and sidecar is not None else None,
+                            sidecar=sidecar if corrected else None,
                             sharpness=sidecar.config.sharpness if corrected and is_greedy and sidecar else 1.0,
                         )
                         self._tables.setdefault((row, width), []).append(tables)

@@ -6,13 +6,15 @@ ranked by ``log q / temperature + noise``, so that the tree guesses the token th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from jetflow_cluster.tree.build import CandidateTable, to_fixed_point
 from jetflow_cluster.tree.noise import as_signed, gumbel_noise
+from jetflow_kernels.cpu.candidates import draft_candidates
 
 #: Most probable tokens per depth among which a sampled request's candidates are chosen. Noise lifts improbable tokens:
 #: against 64, acceptance grows by 8 %, and drafting takes a third of a millisecond more on a CPU.
@@ -20,8 +22,19 @@ POOL_SIZE = 512
 #: Floor of the mass outside the candidates, which rounding can push below zero.
 _LEAST_REST = 1e-12
 
-#: Pairwise correction of logits: parent ids ``[..., P]`` and child ids ``[..., W]`` to ``[..., P, W]``.
-Correction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+class Correction(Protocol):
+    """Pairwise correction of logits: ``<parent[p], child[c]>`` is added to that of token c behind token p."""
+
+    @property
+    def parent(self) -> torch.Tensor:
+        """``[V, rank]``."""
+        ...
+
+    @property
+    def child(self) -> torch.Tensor:
+        """The same shape."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +78,15 @@ def candidate_tables(
         ValueError: when the arguments do not fit each other.
     """
     _check(logits, width, anchor_ids, sampling)
+    width = min(width, POOL_SIZE, logits.shape[2])
+    if all(s is None for s in sampling):
+        factors = (sidecar.parent, sidecar.child) if sidecar is not None and logits.shape[1] > 1 else None
+        made = draft_candidates(logits, width=width, sharpness=sharpness, factors=factors)
+        if made is not None:
+            return [CandidateTable(ids=i, scores=s) for i, s in zip(made[0].unbind(0), made[1].unbind(0), strict=True)]
     divisors = _divisors(sampling, logits.device)
     logprobs = _sharpened(logits, sampling, sharpness).log_softmax(-1)
-    ids, scores = _marginal(logprobs, min(width, POOL_SIZE, logits.shape[2]), sampling, divisors)
+    ids, scores = _marginal(logprobs, width, sampling, divisors)
     if sidecar is not None and logits.shape[1] > 1:
         scores = conditional_scores(ids, scores, sidecar, divisors)
     else:
@@ -148,7 +167,7 @@ def conditional_scores(
 
     Tokens that are no candidates keep their weight uncorrected.
     """
-    delta = sidecar(ids[:, :-1], ids[:, 1:])
+    delta = sidecar.parent[ids[:, :-1]] @ sidecar.child[ids[:, 1:]].transpose(-1, -2)
     if divisors is not None:
         delta = delta / divisors.unsqueeze(3)
     deeper = scores[:, 1:]

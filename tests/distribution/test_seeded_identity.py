@@ -6,6 +6,7 @@ import copy
 import itertools
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,9 +82,7 @@ def drafted_trees(target: ToyTarget, num_nodes: int, *, with_sidecar: bool) -> M
     """Trees from the real pipeline: a draft that knows the target roughly, coupled, with or without a side-car."""
     noise = ToyTarget(VOCAB, seed=8, spread=0.8).table
     pairwise = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(2))
-
-    def correction(parents: torch.Tensor, children: torch.Tensor) -> torch.Tensor:
-        return pairwise[parents[..., :, None], children[..., None, :]]
+    correction = SimpleNamespace(parent=pairwise, child=torch.eye(VOCAB))
 
     def make(requests: Sequence[ToyRequest]) -> list[DraftTree]:
         logits = []

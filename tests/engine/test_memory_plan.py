@@ -71,11 +71,11 @@ def test_layouts_are_counted_where_they_are_made(tiny_target_dir: Path, tiny_hea
     found = sizes(plan_memory(EngineConfig(**given)))
     drafter = LLM(tree_nodes={1: 1}, **given).engine.drafter
     assert isinstance(drafter, HeadDrafter)
-    for layer in drafter.head.layers:
-        layer.attention.qkv.key_values(torch.zeros(2, 32))
+    position = torch.zeros(2, dtype=torch.int64)
+    drafter.head.project_context(torch.zeros(2, 32), position, position, drafter.kv)
+    assert drafter.head._packed_context is not None
     linears = [m for m in drafter.head.modules() if getattr(m, "_packed", None) is not None]
-    kv_parts = [m.weight[m.local_sizes[0] :] for m in linears if getattr(m, "_packed_kv", None) is not None]
-    assert len(kv_parts) == 2
+    kv_parts = [layer.attention.qkv.kv_weight for layer in drafter.head.layers]
     assert found[names[1]] == bytes_of(*(m.weight for m in linears), *kv_parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from jetflow_cluster.layers.attention import PagedAttention
 from jetflow_cluster.layers.rotary import RopeConfig, Rotary
@@ -66,7 +67,9 @@ def test_context_is_stored_as_rows_are(kv_heads: int) -> None:
     cos, sin = Rotary(RopeConfig(), DIM, CPU).angles(batch.positions, torch.float64)
     kv = empty_kv(1, kv_heads, DIM, torch.float64)[0]
     for rows in (slice(0, 1), slice(1, 6)):
-        layer.store_context(x[rows], cos[rows], sin[rows], batch.slot_mapping[rows], kv[0], kv[1])
+        layer.store_context(
+            F.linear(x[rows], layer.qkv.kv_weight), cos[rows], sin[rows], batch.slot_mapping[rows], kv[0], kv[1]
+        )
     torch.testing.assert_close(kv, expected, atol=1e-12, rtol=0, equal_nan=True)
 
 
@@ -87,8 +90,9 @@ def test_a_model_without_norm_of_q_and_k() -> None:
     torch.testing.assert_close(pages[0][1], pages[1][1], equal_nan=True)
     torch.testing.assert_close(outs[0][0], outs[1][0])
     stored = pages[0][0].view(-1, 2, DIM)[batch.slot_mapping]
-    torch.testing.assert_close(stored.norm(dim=-1), layer.qkv.key_values(x).view(3, 4, DIM)[:, :2].norm(dim=-1))
+    rows = F.linear(x, layer.qkv.kv_weight)
+    torch.testing.assert_close(stored.norm(dim=-1), rows.view(3, 4, DIM)[:, :2].norm(dim=-1))
     assert not torch.allclose(stored, pages[1][0].view(-1, 2, DIM)[batch.slot_mapping])
     context = empty_kv(1, 2, DIM, torch.float64)[0]
-    layer.store_context(x, cos, sin, batch.slot_mapping, context[0], context[1])
+    layer.store_context(rows, cos, sin, batch.slot_mapping, context[0], context[1])
     torch.testing.assert_close(context, pages[0], equal_nan=True)

@@ -15,6 +15,7 @@ from jetflow_cluster.models.loader import load_draft_head, load_sidecar, load_ta
 from jetflow_cluster.models.sidecar import SideCar, SideCarConfig, fingerprint, save_sidecar
 from jetflow_cluster.models.weights import StoredTensors
 from jetflow_cluster.parallel.tp_group import TpGroup
+from jetflow_cluster.tree.coupled import conditional_scores
 from support.small_models import write_head, write_target
 
 CPU = torch.device("cpu")
@@ -202,19 +203,19 @@ def test_sidecars_that_do_not_belong(head_dir: Path, break_it: Callable[[Path], 
         load_sidecar(head_dir, target, device=CPU)
 
 
-def test_sidecar_formula_and_files(tmp_path: Path) -> None:
+def test_sidecar_corrects_by_its_factors_and_is_saved(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     parent, child = torch.randn(2, 11, 3, generator=generator)
     config = SideCarConfig(rank=3, width=4, target_fingerprint="t", head_fingerprint="h")
     sidecar = SideCar(config, parent, child)
-    parents, children = torch.tensor([[1, 2], [3, 10]]), torch.tensor([[0, 4, 5], [6, 7, 8]])
-    out = sidecar.correction(parents, children)
-    assert out.shape == (2, 2, 3)
-    for r in range(2):
+    ids = torch.tensor([[[1, 2], [3, 10], [0, 4]]])
+    flat = torch.full((1, 3, 2), -1.0)
+    out = conditional_scores(ids, flat, sidecar, None)
+    assert out.shape == (1, 3, 2, 2)
+    for d in (1, 2):
         for p in range(2):
-            for w in range(3):
-                expected = parent[parents[r, p]] @ child[children[r, w]]
-                assert float(out[r, p, w]) == pytest.approx(float(expected), abs=1e-6)
+            own, other = (parent[ids[0, d - 1, p]] @ child[ids[0, d, w]] for w in range(2))
+            assert float(out[0, d, p, 0] - out[0, d, p, 1]) == pytest.approx(float(own - other), abs=1e-5)
     save_sidecar(tmp_path, sidecar)
     assert sorted(load_file(tmp_path / "sidecar.safetensors")) == ["child.weight", "parent.weight"]
     assert json.loads((tmp_path / "sidecar_config.json").read_text())["rank"] == 3

@@ -7,21 +7,30 @@ import math
 import pytest
 import torch
 
+from jetflow_cluster.tree import coupled
 from jetflow_cluster.tree.build import SCORE_UNIT, CandidateTable
 from jetflow_cluster.tree.coupled import POOL_SIZE, DraftSampling, candidate_tables
 from jetflow_cluster.tree.noise import gumbel_noise
+from jetflow_kernels.cpu import cpu_kernels
 
 ANCHORS = [3, 1, 4, 1, 5, 9]
 
 
 class TableSideCar:
-    """A pairwise correction looked up in a full table, with the last call kept."""
+    """A pairwise correction of full rank: a table of all pairs."""
 
     def __init__(self, vocab: int, seed: int = 0, size: float = 1.5):
         self.table = torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(seed)) * size
+        self.parent, self.child = self.table, torch.eye(vocab)
 
-    def __call__(self, parent_ids: torch.Tensor, child_ids: torch.Tensor) -> torch.Tensor:
-        return self.table[parent_ids[..., :, None], child_ids[..., None, :]]
+
+@pytest.fixture(params=["c", "torch"], autouse=True)
+def made_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who makes the tables of greedy requests."""
+    if request.param == "torch":
+        monkeypatch.setattr(coupled, "draft_candidates", lambda logits, **options: None)
+    elif cpu_kernels().functions is None:
+        pytest.skip(cpu_kernels().detail)
 
 
 def random_logits(num_requests: int, depth: int, vocab: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "trees.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "candidates.c", "trees.c"))
+_HEADER = Path(__file__).with_name("numbers.h")
 #: Nothing that lets the compiler reassociate, fuse products with sums, or take NaN and infinity for impossible.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _COMPILE_LIMIT_S = 120.0
@@ -51,7 +52,7 @@ def find_compiler() -> Compiler:
 
 def library_name(compiler: Compiler, flags: tuple[str, ...]) -> str:
     """A file name for what is built of these sources, by this compiler, for this processor: homes may be shared."""
-    sources = [source.read_text(encoding="utf-8") for source in _SOURCES]
+    sources = [source.read_text(encoding="utf-8") for source in (_HEADER, *_SOURCES)]
     parts = (*sources, *compiler.command, compiler.version, *_FLAGS, *flags, _processor())
     return f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
 
@@ -67,7 +68,7 @@ def build(compiler: Compiler, flags: tuple[str, ...], target: Path) -> None:
         for source, made in zip(_SOURCES, compiled, strict=True):
             _run([*compiler.command, *_FLAGS, *flags, "-c", str(source), "-o", str(made)])
         # Linked without -fopenmp: the library that torch has loaded is to serve, and no second one.
-        _run([*compiler.command, "-shared", *map(str, compiled), "-o", str(linked)])
+        _run([*compiler.command, "-shared", *map(str, compiled), "-lm", "-o", str(linked)])
         content = linked.read_bytes()
         linked.write_bytes(content + hashlib.sha256(content).digest())
         linked.replace(target)

@@ -17,6 +17,9 @@ from jetflow_kernels.cpu.compiler import Compiler, build, find_compiler, is_whol
 _LOG = logging.getLogger(__name__)
 _LOCK = threading.Lock()
 
+#: Whether a dtype is half as wide as fp32, as the functions ask for it; others are not served.
+HALF = {torch.float32: 0, torch.bfloat16: 1}
+
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 #: Of each function what it takes and what it returns, as in the sources.
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
@@ -28,6 +31,10 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     ),
     "grow_trees": (
         [_POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER],
+        ctypes.c_int,
+    ),
+    "draft_candidates": (
+        [_POINTER, _SIZE, _SIZE, _INT, *[_SIZE] * 4, _FLOAT, _POINTER, _POINTER, _SIZE, _INT, *[_POINTER] * 3, _INT],
         ctypes.c_int,
     ),
     "map_scores": ([_POINTER, _SIZE, _SIZE, _POINTER, *[_SIZE] * 4, _POINTER], None),

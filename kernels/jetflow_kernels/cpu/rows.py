@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from jetflow_kernels.cpu.library import cpu_kernels
+from jetflow_kernels.cpu.library import HALF, cpu_kernels
 
-#: Whether activations of a dtype are half as wide as fp32, as `rows.c` asks for it; others are not served.
-_HALF = {torch.float32: 0, torch.bfloat16: 1}
 #: Elements from which on rows are split among torch's threads: below, waking them costs more than they do.
 _LARGE = 1 << 16
 #: As in `rows.c`.
@@ -16,7 +14,7 @@ _MAX_HEAD_DIM = 512
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor | None:
     """`jetflow_kernels.pointwise.rms_norm` of rows ``[T, n]``, contiguous in themselves, with a weight ``[n]``."""
-    half = _HALF.get(x.dtype)
+    half = HALF.get(x.dtype)
     if half is None or not _is_rows(x) or weight.dtype is not x.dtype or weight.requires_grad:
         return None
     num_rows, size = x.shape
@@ -34,7 +32,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor 
 
 def silu_mul(x: torch.Tensor) -> torch.Tensor | None:
     """`jetflow_kernels.pointwise.silu_mul` of rows ``[T, 2 * n]``, contiguous in themselves."""
-    half = _HALF.get(x.dtype)
+    half = HALF.get(x.dtype)
     if half is None or not _is_rows(x):
         return None
     num_rows, size = x.shape[0], x.shape[1] // 2
@@ -67,7 +65,7 @@ def qk_norm_rope_store(
     Raises:
         IndexError: a slot that the pages do not have; nothing is written.
     """
-    half, half_pages = _HALF.get(qkv.dtype), _HALF.get(k_pages.dtype)
+    half, half_pages = HALF.get(qkv.dtype), HALF.get(k_pages.dtype)
     if half is None or half_pages is None or half_pages > half or not _is_plain(qkv):
         return None
     functions = cpu_kernels().functions
