@@ -87,6 +87,7 @@ def build_batch(plan: StepPlan, trees: Sequence[DraftTree], page_size: int, devi
         positions=upload(torch.tensor(positions, dtype=torch.int64), device),
         slot_mapping=upload(torch.tensor(slots, dtype=torch.int64), device),
         attention=attention,
+        max_position=max(positions, default=None),
     )
     return StepBatch(forward=forward, row_starts=row_starts, logits_rows=logits_rows, logits_starts=logits_starts)
 

@@ -140,6 +140,11 @@ class CostModel:
             self.prompts_s(shape.num_rows, shape.num_prompt_rows),
         )
 
+    def plain_s(self, num_requests: float, num_context_tokens: float) -> float:
+        """Seconds of a step in which so many requests decode and nothing is guessed."""
+        seconds = self.rows_s(num_requests) + self.request_s * num_requests + self.context_s * num_context_tokens
+        return float(seconds)
+
     def prompts_s(self, num_rows: float, num_prompt_rows: float) -> float:
         """Seconds that prompt rows add to a step with so many others."""
         return float(self.rows_s(num_rows + self.prompt_share * num_prompt_rows) - self.rows_s(num_rows))
@@ -180,7 +185,7 @@ class CostModel:
 
     def _price_list(self, shape: StepShape, max_rows: int) -> np.ndarray:
         least, beneath = shape.num_requests, self.prompt_share * shape.num_prompt_rows
-        seconds = self.rows_s(least) + self.request_s * least + self.context_s * shape.num_context_tokens
+        seconds = self.plain_s(least, shape.num_context_tokens)
         seconds += self.drafting_s(shape.num_draft_rows, shape.num_draft_context_tokens)
         ramp = self._whole_rows(max_rows) if not beneath else self._rows_over(beneath, max_rows)
         costs = ramp + (seconds + self.tree_s - ramp[min(least, max_rows)])

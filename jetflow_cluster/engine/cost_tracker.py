@@ -24,7 +24,8 @@ class CostTracker:
     """
 
     def __init__(self, measured: CostModel):
-        self._measured = measured
+        #: The model as it was measured.
+        self.measured = measured
         #: The model as it stands.
         self.model = measured
         self._gram = np.zeros((len(PARTS), len(PARTS)))
@@ -34,7 +35,7 @@ class CostTracker:
 
     def observe(self, shape: StepShape, took_s: float) -> None:
         """Counts one step."""
-        parts = np.array(self._measured.parts(shape))
+        parts = np.array(self.measured.parts(shape))
         total = parts.sum()
         if total <= 0:
             return
@@ -50,4 +51,4 @@ class CostTracker:
             common = max(self._right.sum(), 1e-9) / max(self._gram.sum(), 1e-9)
             scales = np.linalg.solve(self._gram + prior, self._right + _PRIOR_WEIGHT * common)
             self._scales = np.clip(scales, *_BOUNDS)
-            self.model = self._measured.scaled(self._scales.tolist())
+            self.model = self.measured.scaled(self._scales.tolist())

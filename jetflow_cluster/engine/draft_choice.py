@@ -96,7 +96,7 @@ def choose(
     slots = depths + 1 if situation.num_block_slots is None else np.full(len(depths), situation.num_block_slots)
     beneath = num + cost.prompt_share * situation.num_prompt_rows
     mean_context = situation.num_context_tokens / max(num, 1)
-    plain_s = cost.rows_s(num) + cost.request_s * num + cost.context_s * situation.num_context_tokens
+    plain_s = cost.plain_s(num, situation.num_context_tokens)
     trees_s = cost.trees_s(beneath, nodes)
     head_s = cost.drafting_s(counts[:, None] * slots, counts[:, None] * mean_context)[:, None, :]
     rates = (num + gain) / (plain_s + trees_s + head_s)
@@ -114,7 +114,7 @@ def paying_match(cost: CostModel, situation: Situation) -> int | None:
     """The shortest match of a request's own text of which some first guesses, alone in the step, are worth more than
     they cost; None where there is none."""
     num, depths = situation.num_requests, np.arange(1, MAX_LOOKUP_DEPTH + 1)
-    plain_s = cost.rows_s(num) + cost.request_s * num + cost.context_s * situation.num_context_tokens
+    plain_s = cost.plain_s(num, situation.num_context_tokens)
     beneath = num + cost.prompt_share * situation.num_prompt_rows
     trees_s = cost.trees_s(beneath, depths)
     pays = (MATCH_GAINS * plain_s / max(num, 1) >= _LOOKUP_MARGIN * trees_s).any(1)

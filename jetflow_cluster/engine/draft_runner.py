@@ -98,6 +98,7 @@ class HeadDrafter:
             upload(torch.tensor(rows.positions, dtype=torch.int64), self._device),
             upload(torch.tensor(rows.slots, dtype=torch.int64), self._device),
             self.kv,
+            max_position=max(rows.positions, default=None),
         )
 
     def empty_fused(self, num_rows: int) -> torch.Tensor:
@@ -207,6 +208,7 @@ def draft_blocks(
         token_ids=upload(torch.tensor(ids, dtype=torch.int64), device),
         positions=upload(torch.tensor(positions, dtype=torch.int64), device),
         slot_mapping=upload(torch.tensor(slots, dtype=torch.int64), device),
+        max_position=max(positions, default=None),
         attention=plan_tree_attention(
             query_lens=[num_slots] * len(requests),
             context_lens=[request.draft_len - request.draft_start for request in requests],

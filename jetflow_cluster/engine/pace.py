@@ -1,12 +1,13 @@
 """Whether trees kept what they promised: tokens per second of steps with trees beside those of steps without.
 
 Costs are foretold from a model, and a model errs: trees of many sizes in one batch, or a busy machine, cost more than
-was measured. So every kind of step is also timed as it comes, by load, and a kind that is not clearly ahead of plain
-steps twice in a row is left out for a while, longer each time.
+was measured. So every kind of step is also timed as it comes, by load. A kind that twice in a row is behind the pace
+that it must keep, by more than chance explains, is left out for a while, longer each time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -24,12 +25,16 @@ _NUM_JUDGED, _LEAST_JUDGED = 96, 6
 _FIRST_PAUSE, _LONGEST_PAUSE = 256, 4096
 #: Steps with trees behind which a plain one is timed; where trees are less than so far ahead, when there is little to
 #: lose and much to know; and plain steps that are timed before anything is known.
-_PLAIN_EVERY, _PLAIN_OFTEN, _NEAR, _NUM_PLAIN = 192, 32, 1.15, 2
+_PLAIN_EVERY, _PLAIN_OFTEN, _NEAR, _NUM_PLAIN = 192, 32, 1.15, 4
+#: Variances over squared means: of the tokens that a request gets in a step with guesses, and of a step's time.
+_TOKEN_SPREAD, _TIME_SPREAD = 0.4, 0.01
 #: Pace beside plain steps that a kind must keep: what goes on between steps has its price too, and so have the draft
 #: contexts that go on while plain steps are timed.
 _LEAST_GAIN = 1.04
 #: Share of a step's time that its prompts may take where the rest is judged.
 _MOST_PROMPTS = 0.6
+#: Seconds that a plain step is foretold at least.
+_LEAST_S = 1e-6
 #: A step that took this many times the mean of its kind was held up by something else, and counts as this many.
 _MOST = 3.0
 
@@ -48,8 +53,10 @@ class StepKind(Enum):
 class _Record:
     """Decayed sums of one kind at one load."""
 
+    #: Per request, so that a load that shrinks within its range is no gain and no loss.
     tokens: float = 0.0
-    seconds: float = 0.0
+    #: In plain steps, as they are foretold for the same requests.
+    time: float = 0.0
     num: float = 0.0
     #: Steps at that load since it was last seen.
     age: int = 0
@@ -61,10 +68,10 @@ class _Record:
 
     @property
     def pace(self) -> float:
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+        return self.tokens / self.time if self.time > 0 else 0.0
 
     def forget(self) -> None:
-        self.tokens = self.seconds = self.num = 0.0
+        self.tokens = self.time = self.num = 0.0
 
 
 class Pace:
@@ -80,13 +87,16 @@ class Pace:
         paths: Sequence[AcceptedPath | None],
         took_s: float,
         cost: CostModel,
+        measured: CostModel,
     ) -> None:
-        """Counts a step whose trees are the policy's own choice, but for what its prompts took."""
-        num_rows = num_prompt_rows = num_decoding = num_tokens = 0
+        """Counts a step whose trees are the policy's own choice, but for what its prompts took by `cost`; `measured` is
+        the same model at all times, by which steps of unlike loads are compared."""
+        num_rows = num_prompt_rows = num_decoding = num_tokens = num_context_tokens = 0
         for item, tree, path in zip(begun.items, trees, paths, strict=True):
             if item.is_priced and path is not None:
                 num_rows += tree.num_nodes
                 num_decoding += 1
+                num_context_tokens += item.request.num_computed
                 num_tokens += len(path.token_ids)
             elif item.num_rows == 1 and item.is_forced:
                 return
@@ -97,16 +107,17 @@ class Pace:
             return
         has_trees = num_rows > num_decoding
         kind = StepKind.HEAD if begun.num_draft_rows else StepKind.LOOKUP if has_trees else StepKind.PLAIN
-        self.observe(kind, num_decoding, num_tokens, took_s - prompts_s)
+        plain_s = measured.plain_s(num_decoding, num_context_tokens)
+        self.observe(kind, num_decoding, num_tokens, (took_s - prompts_s) / max(plain_s, _LEAST_S))
 
-    def observe(self, kind: StepKind, num_decoding: int, num_tokens: int, took_s: float) -> None:
+    def observe(self, kind: StepKind, num_decoding: int, num_tokens: int, took: float) -> None:
         """Counts one step.
 
         Args:
             kind: what it did.
             num_decoding: requests.
             num_tokens: that it gave all of them together.
-            took_s: its seconds, without those that went into prompts.
+            took: its seconds, without those that went into prompts, over those foretold of a plain step.
         """
         load = _load(num_decoding)
         for (_, other), record in self._records.items():
@@ -116,10 +127,9 @@ class Pace:
         record = self._record(kind, load)
         record.age = 0
         if record.num >= 2:
-            took_s = min(took_s, _MOST * record.seconds / record.num)
-        # Per request, so that a load that shrinks within its range is no gain and no loss.
+            took = min(took, _MOST * record.time / record.num)
         record.tokens = _FADE * record.tokens + num_tokens / num_decoding
-        record.seconds = _FADE * record.seconds + took_s
+        record.time = _FADE * record.time + took
         record.num = _FADE * record.num + 1.0
         if kind is not StepKind.PLAIN:
             self._judge(record, self._record(StepKind.PLAIN, load), num_decoding)
@@ -133,7 +143,7 @@ class Pace:
         load = _load(num_decoding)
         record, plain = self._record(kind, load), self._record(StepKind.PLAIN, load)
         enough = max(_LEAST_JUDGED, _NUM_JUDGED // num_decoding)
-        is_known = record.num >= _decayed(enough) and plain.num >= _NUM_PLAIN - 0.1
+        is_known = record.num >= _decayed(enough) and plain.num >= _decayed(_NUM_PLAIN)
         return is_known and record.pace >= _LEAST_GAIN * plain.pace
 
     def wants_plain(self, num_decoding: int) -> bool:
@@ -141,16 +151,17 @@ class Pace:
         load = _load(num_decoding)
         plain = self._record(StepKind.PLAIN, load)
         others = [self._record(kind, load) for kind in (StepKind.HEAD, StepKind.LOOKUP)]
-        if plain.num < _NUM_PLAIN:
+        if plain.num < _decayed(_NUM_PLAIN):
             return max(other.num for other in others) >= _LEAST_JUDGED / 2
         is_near = max(other.pace for other in others) < _NEAR * plain.pace
         return plain.age >= (_PLAIN_OFTEN if is_near else _PLAIN_EVERY)
 
     def _judge(self, record: _Record, plain: _Record, num_decoding: int) -> None:
-        needed = max(_LEAST_JUDGED, _NUM_JUDGED // num_decoding // (2 if record.is_doubted else 1))
+        needed = max(_LEAST_JUDGED, _NUM_JUDGED // num_decoding)
         if record.num < _decayed(needed) or plain.num < 1.0:
             return
-        if record.pace >= _LEAST_GAIN * plain.pace:
+        chance = (_TOKEN_SPREAD / num_decoding + _TIME_SPREAD) / record.num + _TIME_SPREAD / plain.num
+        if record.pace * (1.0 + math.sqrt(chance)) >= _LEAST_GAIN * plain.pace:
             record.is_doubted = False
             if record.pace > 1.1 * plain.pace:
                 record.next_pause = _FIRST_PAUSE

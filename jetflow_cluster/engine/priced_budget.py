@@ -205,7 +205,8 @@ class PricedBudget:
 
     def _draft_rows(self, asked: Sequence[ScheduledRequest]) -> int:
         """Rows of the head where it guesses for these."""
-        slots = 1 + max((item.head_depth for item in asked), default=0)
+        # Other sources may guess deeper than the head.
+        slots = 1 + min(max((item.head_depth for item in asked), default=0), self.gains.accepted.shape[1])
         return len(asked) * (self._num_block_slots or slots)
 
     def observe(
@@ -214,8 +215,10 @@ class PricedBudget:
         """See `BudgetPolicy`."""
         begun = self._begun.of(plan)
         self.prober.earn(took_s)
-        self.pace.observe_step(begun, trees, paths, took_s, self.cost)
-        grown = [i for i, tree in enumerate(trees) if tree.num_nodes > 1 and paths[i] is not None]
+        self.pace.observe_step(begun, trees, paths, took_s, self.cost, self._tracker.measured)
+        # Trees without a price are not of calibrated scores.
+        priced = [i for i, item in enumerate(begun.items) if item.is_priced and paths[i] is not None]
+        grown = [i for i in priced if trees[i].num_nodes > 1]
         self._num_observed += 1
         if self._num_observed % _COST_EVERY == 0:
             self._observe_cost(begun, trees, took_s)

@@ -68,7 +68,13 @@ class Rows:
             bidirectional=self.bidirectional,
             is_chain=self.is_chain,
         )
-        return ForwardBatch(token_ids=ids, positions=positions, slot_mapping=slots, attention=attention)
+        return ForwardBatch(
+            token_ids=ids,
+            positions=positions,
+            slot_mapping=slots,
+            attention=attention,
+            max_position=max(self.positions, default=None),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,14 +89,17 @@ class Rotary:
         #: cos and sin by dtype, of positions 0, 1 and so on, as far as they were asked for.
         self._kept: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each ``[T, 1, head_dim]``, of int64 positions ``[T]``.
+    def angles(
+        self, positions: torch.Tensor, dtype: torch.dtype, max_position: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each ``[T, 1, head_dim]``, of int64 positions ``[T]``, of which `max_position` is the highest
+        where the host knows it.
 
         They are computed in fp32 whatever the dtype, as `transformers` does. The first half of sin is negative, so
         that one roll serves both halves of `rotate`.
         """
-        if positions.is_cpu and positions.shape[0] and (least := int(positions.max()) + 1) <= _MOST_KEPT:
-            cos, sin = self._table(least, dtype)
+        if positions.is_cpu and max_position is not None and max_position < _MOST_KEPT:
+            cos, sin = self._table(max_position + 1, dtype)
             return cos.index_select(0, positions), sin.index_select(0, positions)
         return self._computed(positions, dtype)
 

@@ -21,6 +21,8 @@ class ForwardBatch:
     slot_mapping: torch.Tensor
     #: Who sees whom.
     attention: AttentionPlan
+    #: The highest position, where the host knows it.
+    max_position: int | None = None
 
 
 def layer_pages(kv: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

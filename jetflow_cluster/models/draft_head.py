@@ -177,7 +177,13 @@ class DraftHead(DraftFuser):
         return self._stack[0].attention.num_kv_heads
 
     def project_context(
-        self, fused: torch.Tensor, positions: torch.Tensor, slot_mapping: torch.Tensor, kv: torch.Tensor
+        self,
+        fused: torch.Tensor,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        kv: torch.Tensor,
+        *,
+        max_position: int | None = None,
     ) -> None:
         """Writes the context K and V of N tokens, in all layers.
 
@@ -186,8 +192,9 @@ class DraftHead(DraftFuser):
             positions: int64 ``[N]``, absolute.
             slot_mapping: int64 ``[N]``.
             kv: ``[num_layers, 2, num_pages, page_size, num_local_kv_heads, head_dim]``.
+            max_position: the highest position, where the host knows it.
         """
-        cos, sin = self._rotary.angles(positions, fused.dtype)
+        cos, sin = self._rotary.angles(positions, fused.dtype, max_position)
         for layer, rows, (k_pages, v_pages) in zip(
             self._stack, self._context_rows(fused), layer_pages(kv), strict=True
         ):
@@ -207,7 +214,7 @@ class DraftHead(DraftFuser):
 
         The output at slot k of a block guesses the token k positions behind the anchor; slot 0 guesses nothing.
         """
-        cos, sin = self._rotary.angles(batch.positions, embeds.dtype)
+        cos, sin = self._rotary.angles(batch.positions, embeds.dtype, batch.max_position)
         x = embeds
         for layer, (k_pages, v_pages) in zip(self._stack, layer_pages(kv), strict=True):
             x = layer(x, cos, sin, batch, k_pages, v_pages)

@@ -106,7 +106,7 @@ class Qwen3Model(TargetEnds):
             hidden ``[T, hidden_size]`` behind the final norm, and taps ``[T, len(tap_layer_ids) * hidden_size]``.
         """
         x = self.embedding(batch.token_ids)
-        cos, sin = self._rotary.angles(batch.positions, x.dtype)
+        cos, sin = self._rotary.angles(batch.positions, x.dtype, batch.max_position)
         taps = {}
         for i, (layer, (k_pages, v_pages)) in enumerate(zip(self._stack, layer_pages(kv), strict=True)):
             x = layer(x, cos, sin, batch, k_pages, v_pages)

@@ -75,6 +75,16 @@ def test_rotation_equals_transformers(case: str, dtype: torch.dtype, tolerance: 
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_kept_angles_are_the_computed_ones(dtype: torch.dtype) -> None:
+    """In whatever order positions are asked for, and where they are too many to be kept."""
+    rotary = Rotary(RopeConfig(), 64, CPU)
+    for positions in ([3], [0, 7, 7, 1], [1500, 2], [9], list(range(100)), [8191], [8192, 5], [100_000]):
+        asked = torch.tensor(positions)
+        kept, computed = rotary.angles(asked, dtype, max(positions)), rotary.angles(asked, dtype)
+        assert all(torch.equal(one, other) for one, other in zip(kept, computed, strict=True))
+
+
 def test_products_of_rotated_heads_depend_on_distance_alone() -> None:
     rotary = Rotary(RopeConfig(), 16, CPU)
     q, k = torch.randn(2, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
