@@ -32,7 +32,7 @@ _TOKEN_SPREAD, _TIME_SPREAD = 0.4, 0.01
 #: contexts that go on while plain steps are timed.
 _LEAST_GAIN = 1.04
 #: Share of a step's time that its prompts may take where the rest is judged.
-_MOST_PROMPTS = 0.6
+_MOST_PROMPTS = 0.3
 #: Seconds that a plain step is foretold at least.
 _LEAST_S = 1e-6
 #: A step that took this many times the mean of its kind was held up by something else, and counts as this many.

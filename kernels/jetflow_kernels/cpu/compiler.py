@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "candidates.c", "trees.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "attention.c", "candidates.c", "trees.c"))
 _HEADER = Path(__file__).with_name("numbers.h")
 #: Nothing that lets the compiler reassociate, fuse products with sums, or take NaN and infinity for impossible.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")

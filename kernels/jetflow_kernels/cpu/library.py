@@ -29,6 +29,10 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
         [_POINTER, _SIZE, *[_POINTER] * 7, *[_SIZE] * 5, _FLOAT, _INT, _INT, _INT],
         ctypes.c_int,
     ),
+    "tree_attention": (
+        [_POINTER, _SIZE, *[_POINTER] * 7, *[_SIZE] * 8, _FLOAT, _INT, _INT],
+        ctypes.c_int,
+    ),
     "grow_trees": (
         [_POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER],
         ctypes.c_int,

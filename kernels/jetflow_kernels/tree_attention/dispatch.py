@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from jetflow_kernels.cpu import attention
 from jetflow_kernels.shipped import DTYPES, runs_triton
 from jetflow_kernels.tree_attention.cpu import tree_attention_cpu
 from jetflow_kernels.tree_attention.plan import TreeAttentionPlan
@@ -76,4 +77,5 @@ def tree_attention(
         from jetflow_kernels.tree_attention.kernel import tree_attention_triton
 
         return tree_attention_triton(plan, q, k_pages, v_pages, scale=scale)
-    return tree_attention_cpu(plan, q, k_pages, v_pages, scale=scale)
+    out = attention.tree_attention(plan, q, k_pages, v_pages, scale=scale) if q.is_cpu else None
+    return tree_attention_cpu(plan, q, k_pages, v_pages, scale=scale) if out is None else out
