@@ -47,8 +47,8 @@ class CostStore:
         self, device: torch.device, described: object, *, tensor_parallel_size: int = 1, folder: Path | None = None
     ):
         name = re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).strip("-").lower()
-        compiled = "compiled" if device.type == "cpu" and cpu_kernels().functions is not None else "plain"
-        depends = f"{_VERSION} {torch.__version__} {compiled} {described!r}"
+        kernels = cpu_kernels().name if device.type == "cpu" else ""
+        depends = f"{_VERSION} {torch.__version__} {kernels} {described!r}"
         digest = hashlib.sha256(depends.encode()).hexdigest()[:12]
         self.path = (
             folder or read_environment().cache_dir.expanduser() / "costs"

@@ -62,6 +62,8 @@ class CpuKernels:
     functions: Functions | None
     #: Who compiled them, or why there are none.
     detail: str
+    #: Tells builds apart: of other sources, by another compiler, for another processor.
+    name: str = ""
 
 
 _found: CpuKernels | None = None
@@ -105,7 +107,11 @@ def _first_that_loads(compiler: Compiler, *, has_openmp: bool) -> CpuKernels:
             reason = error
         else:
             threads = "threads" if "-fopenmp" in flags else "one thread"
-            return CpuKernels(functions=functions, detail=f"compiled by {compiler.version}, {threads}")
+            return CpuKernels(
+                functions=functions,
+                detail=f"compiled by {compiler.version}, {threads}",
+                name=library_name(compiler, flags),
+            )
     assert reason is not None
     raise reason
 
