@@ -45,7 +45,8 @@ def examine_costs(llm: LLM) -> dict[str, Any]:
             speculation=SpeculationOptions(mode="force"),
         )
         llm.generate([prompt.token_ids for prompt in prompts], params)
-    budget.value.refresh()
+    budget.learning.catch_up()
+    budget.learning.value.refresh()
     reliability = [
         {
             "sampled": entry.is_sampled,
@@ -55,7 +56,7 @@ def examine_costs(llm: LLM) -> dict[str, Any]:
             "happened": np.round(entry.happened, 4).tolist(),
             "calibrated": np.round(entry.calibrated, 4).tolist(),
         }
-        for entry in budget.value.reliability()
+        for entry in budget.learning.value.reliability()
     ]
     return {
         "stored_in": str(llm.frontend.cost_store().path),

@@ -16,20 +16,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from jetflow_cluster.engine.begun_steps import BegunStep, BegunSteps
 from jetflow_cluster.engine.cost_model import CostModel, StepShape
-from jetflow_cluster.engine.cost_tracker import CostTracker
 from jetflow_cluster.engine.draft_choice import NODES, Choice, Gains, Situation, choose, paying_match
-from jetflow_cluster.engine.pace import Pace, StepKind
-from jetflow_cluster.engine.probing import Prober
+from jetflow_cluster.engine.learning import Learning, kind_of
+from jetflow_cluster.engine.pace import StepKind
 from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, ScheduledRequest, Source, StepPlan
 from jetflow_cluster.engine.reason_log import ReasonLog
 from jetflow_cluster.engine.request import Request
-from jetflow_cluster.engine.value_model import ValueModel, promised_tokens
+from jetflow_cluster.engine.value_model import ValueModel
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.build import SCORE_UNIT, CandidateTable
 from jetflow_cluster.tree.draft_tree import DraftTree
@@ -42,9 +40,6 @@ TURN_ON, TURN_OFF = 1.04, 0.99
 KEEP_CONTEXT = 0.93
 #: Steps between two looks at an unchanged load.
 _LOOK_EVERY = 16
-#: Steps between two whose time is learned from; drafted steps from which the calibration learns at first, and between
-#: two from which it does later.
-_COST_EVERY, _NUM_NEW, _LEARN_EVERY = 4, 64, 8
 #: Such looks between two at what a better head could do, where the load is the reason.
 _HOPE_EVERY = 4
 #: Most nodes of one tree.
@@ -55,8 +50,6 @@ _CONTEXT_STEP = 64
 _LEAST_WIDTH = 7
 #: Rows that a request which only repeats itself adds to those that the trees share.
 _LOOKUP_SHARE = 4
-#: Tokens that the level of all requests' gains counts for before anything is known, and its decay per drafted step.
-_LEVEL_PRIOR, _LEVEL_FADE = 12.0, 0.98
 #: Worth of a token of each latency class, as a bias of scores: the price of an interactive request's nodes is halved.
 LATENCY_BIAS = {
     LatencyClass.INTERACTIVE: round(math.log(2.0) * SCORE_UNIT),
@@ -87,25 +80,24 @@ class PricedBudget:
         num_block_slots: int | None = None,
         has_lookup: bool = False,
     ):
-        self.value = value or ValueModel()
-        self.prober = Prober()
-        self.pace = Pace()
+        self.learning = Learning(cost, value or ValueModel())
         self.reason = "idle"
         self.price_per_s = 0.0
         self.keeps_context = True
         self.is_on = False
         self.gains = gains
-        self._tracker = CostTracker(cost)
         self._needs_context, self._num_block_slots, self._has_lookup = needs_context, num_block_slots, has_lookup
-        #: Accepted and foretold tokens by kind.
-        self._levels = [[_LEVEL_PRIOR, _LEVEL_PRIOR] for _ in range(2)]
         self._choice: Choice | None = None
         self._drafting: dict[int, float] = {}
         self._probing: set[int] = set()
         #: The next step is decided on before this one's outcome is told.
         self._begun = BegunSteps()
         self._seen: tuple[int, ...] = (0,)
-        self._num_steps = self._num_decisions = self._num_observed = self._num_learned = 0
+        self._num_steps = self._num_decisions = 0
+        #: What was allowed to these requests, by arrival, and holds until something is learned or decided.
+        self._allowed: tuple[list[int], list[Allowance]] | None = None
+        #: Plain steps were asked for since something was learned.
+        self._is_timing = False
         #: Shortest match of a request's own text that pays by itself, None where none does; and whether that is known
         #: since the last decision.
         self._least_match: int | None = None
@@ -115,36 +107,46 @@ class PricedBudget:
     @property
     def cost(self) -> CostModel:
         """The cost model as it stands."""
-        return self._tracker.model
+        return self.learning.cost
 
     @property
     def maps(self) -> np.ndarray | None:
         """See `BudgetPolicy`."""
-        return self.value.maps
-
-    def level(self, kind: int) -> float:
-        """Accepted over foretold tokens of all requests of a kind: 0 greedy, 1 sampled."""
-        accepted, foretold = self._levels[kind]
-        return accepted / foretold
+        return self.learning.value.maps
 
     def allow(self, load: DecodeLoad) -> list[Allowance]:
         """See `BudgetPolicy`."""
-        seen = (load.num_decoding, len(load.requests), load.num_prompt_rows, load.fair_nodes)
+        has_prompts, fair_nodes = load.num_prompt_rows > 0, min(load.fair_nodes, _MOST_NODES)
+        seen = (load.num_decoding, len(load.requests), has_prompts, fair_nodes)
         self._num_steps += 1
         # Where nothing is drafted, only a load that falls is news.
         is_news = seen != self._seen if self.is_on else load.num_decoding < self._seen[0]
         if self._choice is None or is_news or self._num_steps % _LOOK_EVERY == 0:
             self._decide(load, is_news=is_news)
             self._seen = seen
-        self._probing = set()
-        if self.is_on and self.pace.wants_plain(load.num_decoding):
-            self._drafting = {}
+        pace = self.learning.pace
+        if self.is_on and not self._is_timing and pace.wants_plain(load.num_decoding):
+            self._is_timing, self._allowed = True, None
+            self._drafting, self._probing = {}, set()
             return [Allowance(uses_head=False)] * len(load.requests)
+        arrivals = [request.arrival for request in load.requests]
+        if self._allowed is not None and self._allowed[0] == arrivals:
+            return self._allowed[1]
+        self._probing = set()
         self._drafting = self._chosen(load)
         may_look = self._has_lookup and load.fair_nodes >= _LOOKUP_SHARE
-        may_look = may_look and self.pace.allows(StepKind.LOOKUP, load.num_decoding)
+        may_look = may_look and pace.allows(StepKind.LOOKUP, load.num_decoding)
         rests: dict[tuple[bool, bool], Allowance] = {}
-        return [self._allowance(request, load, rests, may_look=may_look) for request in load.requests]
+        found = [self._allowance(request, load, rests, may_look=may_look) for request in load.requests]
+        # A probe counts its steps, and contexts may become ready.
+        is_settled = not self._probing and (not self.is_on or len(self._drafting) == self._num_wanted(load))
+        self._allowed = (arrivals, found) if is_settled else None
+        return found
+
+    def _num_wanted(self, load: DecodeLoad) -> int:
+        """Requests that are to draft, if they have the context for it."""
+        assert self._choice is not None
+        return min(self._choice.num_drafted, sum(request.room > 1 for request in load.requests))
 
     def _rest(self, load: DecodeLoad, *, keeps_context: bool, may_look: bool) -> Allowance:
         """Of a request that does not draft."""
@@ -169,39 +171,38 @@ class PricedBudget:
             return plan, tables
         priced = [i for i, item in enumerate(plan.items) if item.is_priced]
         found = list(tables)
-        kinds = [_kind(plan.items[i].request) for i in priced]
-        for i, table in zip(priced, self.value.calibrate([tables[i] for i in priced], kinds), strict=True):
+        kinds = [kind_of(plan.items[i].request) for i in priced]
+        calibrated = self.learning.value.calibrate([tables[i] for i in priced], kinds)
+        for i, table in zip(priced, calibrated, strict=True):
             found[i] = table
         return plan, found
 
     def price_rows(self, plan: StepPlan, sources: Sequence[Source]) -> StepPlan:
         """See `BudgetPolicy`."""
-        asked = [
-            item for item, source in zip(plan.items, sources, strict=True) if source is Source.HEAD and item.asks_head
-        ]
-        begun = BegunStep(items=plan.items, num_draft_rows=self._draft_rows(asked), foretold=self._drafting)
-        self._begun.note(begun)
-        priced = [i for i, item in enumerate(plan.items) if item.is_priced]
-        if all(sources[i] is Source.NONE for i in priced):
+        items = plan.items
+        asked = [item for item, source in zip(items, sources, strict=True) if source is Source.HEAD and item.asks_head]
+        self._begun.note(
+            BegunStep(items=items, num_draft_rows=self._draft_rows(asked), foretold=self._drafting),
+        )
+        priced = [item for item in items if item.is_priced]
+        if all(source is Source.NONE for item, source in zip(items, sources, strict=True) if item.is_priced):
             return plan
-        items = [plan.items[i] for i in priced]
         num_draft_rows = self._draft_rows([item for item in asked if item.is_priced])
-        beneath = [item for item in plan.items if not item.is_priced]
         # Rounded: what a few tokens of it cost is nothing.
-        context = sum(item.request.num_computed for item in items) // _CONTEXT_STEP * _CONTEXT_STEP
+        context = sum(item.request.num_computed for item in priced) // _CONTEXT_STEP * _CONTEXT_STEP
         shape = StepShape(
-            num_requests=len(items),
-            num_rows=len(items),
+            num_requests=len(priced),
+            num_rows=len(priced),
             num_context_tokens=context,
             num_draft_rows=num_draft_rows,
             num_draft_context_tokens=context if num_draft_rows else 0,
-            num_prompt_rows=sum(i.budget_share if i.is_forced else i.num_rows for i in beneath),
+            num_prompt_rows=sum(i.budget_share if i.is_forced else i.num_rows for i in items if not i.is_priced),
         )
         most = min(
-            max(plan.tree_budget, sum(item.budget_share for item in items)),
-            sum(item.max_tree_nodes for item in items),
+            max(plan.tree_budget, sum(item.budget_share for item in priced)),
+            sum(item.max_tree_nodes for item in priced),
         )
-        return replace(plan, row_costs=self.cost.row_costs(shape, most))
+        return StepPlan(items=items, tree_budget=plan.tree_budget, row_costs=self.cost.row_costs(shape, most))
 
     def _draft_rows(self, asked: Sequence[ScheduledRequest]) -> int:
         """Rows of the head where it guesses for these."""
@@ -213,63 +214,26 @@ class PricedBudget:
         self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float
     ) -> None:
         """See `BudgetPolicy`."""
-        begun = self._begun.of(plan)
-        self.prober.earn(took_s)
-        self.pace.observe_step(begun, trees, paths, took_s, self.cost, self._tracker.measured)
-        # Trees without a price are not of calibrated scores.
-        priced = [i for i, item in enumerate(begun.items) if item.is_priced and paths[i] is not None]
-        grown = [i for i in priced if trees[i].num_nodes > 1]
-        self._num_observed += 1
-        if self._num_observed % _COST_EVERY == 0:
-            self._observe_cost(begun, trees, took_s)
-        if grown:
-            self._learn(begun, trees, paths, grown)
-
-    def _observe_cost(self, begun: BegunStep, trees: Sequence[DraftTree], took_s: float) -> None:
-        decoding = [i for i, item in enumerate(begun.items) if item.num_rows == 1 and item.is_last]
-        context = sum(begun.items[i].request.num_computed for i in decoding)
-        shape = StepShape(
-            num_requests=len(decoding),
-            num_rows=sum(trees[i].num_nodes for i in decoding),
-            num_context_tokens=context,
-            num_draft_rows=begun.num_draft_rows,
-            num_draft_context_tokens=context if begun.num_draft_rows else 0,
-            num_prompt_rows=sum(item.num_rows for item in begun.items) - len(decoding),
-        )
-        self._tracker.observe(shape, took_s)
-
-    def _learn(
-        self, begun: BegunStep, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], grown: Sequence[int]
-    ) -> None:
-        """Counts what became of the trees: for the calibration, for each request, and for all."""
-        walked = [path for i in grown if (path := paths[i]) is not None]
-        requests = [begun.items[i].request for i in grown]
-        kinds = [_kind(request) for request in requests]
-        self._num_learned += 1
-        if self._num_learned <= _NUM_NEW or self._num_learned % _LEARN_EVERY == 0:
-            self.value.observe([trees[i] for i in grown], [path.nodes for path in walked], kinds)
-        prior = (1.0 - _LEVEL_FADE) * _LEVEL_PRIOR
-        self._levels = [[_LEVEL_FADE * num + prior for num in level] for level in self._levels]
-        for i, request, kind, path in zip(grown, requests, kinds, walked, strict=True):
-            request.worth.drafted(path.num_accepted, promised_tokens(trees[i]))
-            if (foretold := begun.foretold.get(id(request))) is not None:
-                self._levels[kind][0] += path.num_accepted
-                self._levels[kind][1] += foretold
+        if self.learning.note(self._begun.of(plan), trees, paths, took_s):
+            self._allowed, self._is_timing = None, False
 
     def _decide(self, load: DecodeLoad, *, is_news: bool = True) -> None:
         """Whether drafting is on, and why."""
         self._num_decisions += 1
+        self.learning.catch_up()
+        self._allowed, self._is_timing = None, False
+        pace, prober = self.learning.pace, self.learning.prober
         self._knows_match = False
         now = self._choose(load, load.requests, self.gains)
         is_wanted = now.ratio >= (TURN_OFF if self.is_on else TURN_ON)
         # What is timed counts for more than what is foretold.
-        is_wanted = is_wanted or (self.is_on and self.pace.is_ahead(StepKind.HEAD, load.num_decoding))
-        self.is_on = is_wanted and self.pace.allows(StepKind.HEAD, load.num_decoding)
+        is_wanted = is_wanted or (self.is_on and pace.is_ahead(StepKind.HEAD, load.num_decoding))
+        self.is_on = is_wanted and pace.allows(StepKind.HEAD, load.num_decoding)
         self._choice = now
         if is_wanted and not self.is_on:
             self.keeps_context = False
             self.price_per_s = now.tokens_per_s
-            self.prober.stop()
+            prober.stop()
             self._tell("pace", now)
             return
         if self.is_on:
@@ -287,7 +251,7 @@ class PricedBudget:
         self.keeps_context = is_load and all_of_them.ratio >= KEEP_CONTEXT
         self.price_per_s = now.tokens_per_s
         if is_load:
-            self.prober.stop()
+            prober.stop()
         self._tell("load" if is_load else "head", now)
 
     def _choose(
@@ -314,11 +278,11 @@ class PricedBudget:
     def _worth(self, request: Request, gains: Gains, *, is_hope: bool = False) -> float:
         """Factor of a request's gains: its kind, its own past, its latency class, and the tokens that it may still
         emit."""
-        kind = _kind(request)
+        kind = kind_of(request)
         worth = gains.sampled_share if kind else 1.0
         if is_hope:
             return worth
-        worth *= self.level(kind) * request.worth.value
+        worth *= self.learning.level(kind) * request.worth.value
         worth *= math.exp(LATENCY_BIAS[LatencyClass(request.params.speculation.latency_class)] / SCORE_UNIT)
         most = float(gains.accepted.max())
         return worth * min(1.0, (request.room - 1) / most) if most > 0 else 0.0
@@ -337,13 +301,13 @@ class PricedBudget:
                 self.reason = "context"
         elif self.reason == "head":
             # Their contexts are kept from here on, for as long as the probe takes.
-            self._probing = {id(r) for r in self.prober.probed(load.requests, self._probe_s(load))}
-            drafting = self.prober.ready(self._needs_context) if self._probing else []
+            self._probing = {id(r) for r in self.learning.prober.probed(load.requests, self._probe_s(load))}
+            drafting = self.learning.prober.ready(self._needs_context) if self._probing else []
         else:
             drafting = []
         row = NODES.index(choice.num_nodes)
         gain = float(self.gains.accepted[row, choice.depth - 1])
-        return {id(r): gain * r.worth.value * (self.gains.sampled_share if _kind(r) else 1.0) for r in drafting}
+        return {id(r): gain * r.worth.value * (self.gains.sampled_share if kind_of(r) else 1.0) for r in drafting}
 
     def _probe_s(self, load: DecodeLoad) -> float:
         """Seconds that a probe is expected to take, contexts included."""
@@ -381,11 +345,7 @@ class PricedBudget:
     def _tell(self, reason: str, choice: Choice) -> None:
         if reason != self.reason:
             self.reason = reason
-            self._reason_log.tell(reason, choice.ratio, (self.level(0), self.level(1)))
-
-
-def _kind(request: Request) -> int:
-    return 0 if request.params.is_greedy else 1
+            self._reason_log.tell(reason, choice.ratio, (self.learning.level(0), self.learning.level(1)))
 
 
 def _source(table: CandidateTable | None) -> Source:

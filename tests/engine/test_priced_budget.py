@@ -142,9 +142,9 @@ def test_a_useless_head_costs_its_share_and_one_line(llm: LLM, caplog: pytest.Lo
     learned_s, learned_at = budget.extra_s, budget.virtual_s
     for _ in range(8):
         run(llm, budget, 2)
-    assert budget.prober.num_probes > 0
+    assert budget.learning.prober.num_probes > 0
     assert budget.extra_s - learned_s <= 2.0 * PROBE_SHARE * (budget.virtual_s - learned_at) + 0.05
-    assert budget.level(0) < 0.4
+    assert budget.learning.level(0) < 0.4
 
 
 def test_off_for_load_keeps_and_probes_nothing(llm: LLM) -> None:
@@ -153,7 +153,7 @@ def test_off_for_load_keeps_and_probes_nothing(llm: LLM) -> None:
     run(llm, budget, 8, 60)
     assert budget.reason == "load"
     assert not budget.keeps_context
-    assert budget.prober.num_probes == 0
+    assert budget.learning.prober.num_probes == 0
     assert budget.price_per_s > 0
 
 
@@ -188,11 +188,11 @@ def test_drafting_that_is_ahead_goes_on_whatever_costs_foretell(llm: LLM) -> Non
     assert decide(1.0) and not decide(0.1)
     for kind, tokens, took_s in ((StepKind.HEAD, 20, 20e-3), (StepKind.PLAIN, 8, 10e-3)):
         for _ in range(12):
-            budget.pace.observe(kind, 8, tokens, took_s)
+            budget.learning.pace.observe(kind, 8, tokens, took_s)
     assert not decide(0.1), "what is off begins by what is foretold"
     assert decide(1.0) and decide(0.1)
     for _ in range(200):
-        budget.pace.observe(StepKind.HEAD, 8, 20, 26e-3)
+        budget.learning.pace.observe(StepKind.HEAD, 8, 20, 26e-3)
     assert not decide(0.1)
 
 
@@ -215,7 +215,7 @@ def test_outcomes_are_counted_for_the_step_that_they_are_of(llm: LLM, monkeypatc
             return super().price(plan, tables)
 
     budget = EveryOther(COST, gains(2.0))
-    monkeypatch.setattr(budget.pace, "observe", lambda kind, *rest: counted.append(kind is StepKind.HEAD))
+    monkeypatch.setattr(budget.learning.pace, "observe", lambda kind, *rest: counted.append(kind is StepKind.HEAD))
     run(llm, budget, 2, 24)
     assert counted == drafted[: len(counted)]
     assert len(counted) > 4
