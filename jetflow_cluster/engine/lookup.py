@@ -18,7 +18,7 @@ from jetflow_cluster.tree.lookup import (
 
 #: From this length on a match guesses alone: the drafter would add less than its pass costs.
 SURE_MATCH = 24
-#: Steps between two looks at the text of a request that does not repeat itself, where the drafter does not guess.
+#: Steps between two looks where no head guesses and no text repeated itself.
 _PAUSE = 3
 
 
@@ -37,10 +37,22 @@ class ContextLookup:
     #: Deepest guess.
     max_depth = MAX_LOOKUP_DEPTH
 
+    def __init__(self) -> None:
+        #: Steps until the next look.
+        self._pause = 0
+
     def look(self, plan: StepPlan) -> list[Look | None]:
         """Where requests' texts repeat themselves; to be asked once per step. Requests that sample are not looked at:
         what their noise draws repeats little."""
-        return [_look(item) for item in plan.items]
+        if any(item.uses_head and item.max_tree_nodes > 1 for item in plan.items):
+            self._pause = 0
+            return [_look(item, num_steps=1) for item in plan.items]
+        if self._pause:
+            self._pause -= 1
+            return [None] * len(plan.items)
+        looks = [_look(item, num_steps=1 + _PAUSE) for item in plan.items]
+        self._pause = 0 if any(look is not None and look.is_sure for look in looks) else _PAUSE
+        return looks
 
     def draft(self, plan: StepPlan, drafter: Drafter) -> Sequence[CandidateTable | None]:
         """The drafter's tables with the lookups' guesses mixed in."""
@@ -53,24 +65,27 @@ class ContextLookup:
         return [_mixed(*part) for part in zip(plan.items, found, looks, strict=True)]
 
 
-def _look(item: ScheduledRequest) -> Look | None:
-    match = _match(item)
+def _look(item: ScheduledRequest, *, num_steps: int) -> Look | None:
+    match = _match(item, num_steps)
     if match is None:
         return None
     return Look(match=match, is_sure=match.length >= (SURE_MATCH if item.uses_head else item.least_match))
 
 
-def _match(item: ScheduledRequest) -> ContextMatch | None:
+def _match(item: ScheduledRequest, num_steps: int) -> ContextMatch | None:
+    """The match of one request, if it is to be looked at; `num_steps` have gone by since the last look."""
     request = item.request
     if item.max_tree_nodes == 1 or not request.params.is_greedy:
         return None
-    if not item.uses_head and request.lookup_pause:
-        request.lookup_pause -= 1
+    if not item.uses_head and request.lookup_pause > 0:
+        request.lookup_pause -= num_steps
         return None
     if request.context_index is None:
         request.context_index = ContextIndex()
     match = request.context_index.match(request.token_ids, min(item.max_depth, MAX_LOOKUP_DEPTH))
-    request.lookup_pause = 0 if match is not None and match.length >= item.least_match else _PAUSE
+    length = 0 if match is None else match.length
+    # Where no head guesses, a match grows by a token per step.
+    request.lookup_pause = max(0, item.least_match - length - 1)
     return None if match is None else match.cut()
 
 

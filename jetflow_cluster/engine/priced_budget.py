@@ -37,9 +37,11 @@ from jetflow_cluster.types import LatencyClass
 #: Expected tokens per second over those of not drafting at which drafting begins, and below which it ends.
 TURN_ON, TURN_OFF = 1.04, 0.99
 #: Drafting for all, this near to paying, draft contexts go on.
-KEEP_CONTEXT = 0.93
+KEEP_CONTEXT = 1.0
 #: Steps between two looks at an unchanged load.
 _LOOK_EVERY = 16
+#: Share of the load by which it must change to be looked at before that.
+_NEWS = 0.1
 #: Such looks between two at what a better head could do, where the load is the reason.
 _HOPE_EVERY = 4
 #: Most nodes of one tree.
@@ -92,7 +94,8 @@ class PricedBudget:
         self._probing: set[int] = set()
         #: The next step is decided on before this one's outcome is told.
         self._begun = BegunSteps()
-        self._seen: tuple[int, ...] = (0,)
+        #: Decoding requests at the last decision.
+        self._num_decided = 0
         self._num_steps = self._num_decisions = 0
         #: What was allowed to these requests, by arrival, and holds until something is learned or decided.
         self._allowed: tuple[list[int], list[Allowance]] | None = None
@@ -116,14 +119,13 @@ class PricedBudget:
 
     def allow(self, load: DecodeLoad) -> list[Allowance]:
         """See `BudgetPolicy`."""
-        has_prompts, fair_nodes = load.num_prompt_rows > 0, min(load.fair_nodes, _MOST_NODES)
-        seen = (load.num_decoding, len(load.requests), has_prompts, fair_nodes)
         self._num_steps += 1
+        fell = (1.0 - _NEWS) * self._num_decided
         # Where nothing is drafted, only a load that falls is news.
-        is_news = seen != self._seen if self.is_on else load.num_decoding < self._seen[0]
+        is_news = load.num_decoding < fell or (self.is_on and load.num_decoding > (1.0 + _NEWS) * self._num_decided)
         if self._choice is None or is_news or self._num_steps % _LOOK_EVERY == 0:
             self._decide(load, is_news=is_news)
-            self._seen = seen
+            self._num_decided = load.num_decoding
         pace = self.learning.pace
         if self.is_on and not self._is_timing and pace.wants_plain(load.num_decoding):
             self._is_timing, self._allowed = True, None

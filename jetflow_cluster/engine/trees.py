@@ -28,7 +28,7 @@ def build_planned_trees(
         groups = [[i for i in decoding if plan.items[i].is_priced], [i for i in decoding if plan.items[i].is_forced]]
     for group in groups:
         items = [plan.items[i] for i in group]
-        if not any(item.max_tree_nodes > 1 for item in items):
+        if not any(item.max_tree_nodes > 1 and tables[i] is not None for i, item in zip(group, items, strict=True)):
             continue
         built = build(
             [tables[i] for i in group],
