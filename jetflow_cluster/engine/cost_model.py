@@ -7,8 +7,9 @@ after::
               decoding request has one
     requests  per decoding request: choosing, bookkeeping, telling
     context   per token of the prefixes that decoding requests attend to
-    trees     what guessed nodes add to the curve of rows, times `tree_scale`; once where the step has trees at all, and
-              per guessed node: building, walking, committing
+    trees     once where the step has trees at all
+    nodes     what guessed nodes add to the curve of rows, times `tree_scale`, and per guessed node: building, walking,
+              committing
     draft     a monotone piecewise-linear curve over the draft head's rows, and per token of its contexts
     prompts   what prompt rows add to the curve of rows: they move the step along it by `prompt_share` of a row each
 
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 
 #: Parts of a step's cost, in the order of `CostModel.parts`.
-PARTS = ("rows", "requests", "context", "trees", "draft", "prompts")
+PARTS = ("rows", "requests", "context", "trees", "nodes", "draft", "prompts")
 #: Seconds per unit of `CostModel.row_costs`.
 COST_UNIT_S = 1e-7
 
@@ -135,7 +136,8 @@ class CostModel:
             float(self.rows_s(shape.num_requests)),
             self.request_s * shape.num_requests,
             self.context_s * shape.num_context_tokens,
-            float(self.trees_s(shape.num_requests, num_nodes)) if num_nodes > 0 else 0.0,
+            self.tree_s if num_nodes > 0 else 0.0,
+            float(self.nodes_s(shape.num_requests, num_nodes)) if num_nodes > 0 else 0.0,
             self.drafting_s(shape.num_draft_rows, shape.num_draft_context_tokens),
             self.prompts_s(shape.num_rows, shape.num_prompt_rows),
         )
@@ -150,9 +152,14 @@ class CostModel:
         return float(self.rows_s(num_rows + self.prompt_share * num_prompt_rows) - self.rows_s(num_rows))
 
     def trees_s(self, beneath: float, num_nodes: Any) -> Any:
-        """Seconds of guessed nodes, at least one, over so many other rows; a number or an array by `num_nodes`."""
+        """Seconds of trees with guessed nodes, at least one, over so many other rows; a number or an array by
+        `num_nodes`."""
+        return self.tree_s + self.nodes_s(beneath, num_nodes)
+
+    def nodes_s(self, beneath: float, num_nodes: Any) -> Any:
+        """The part of `trees_s` that grows with them."""
         grown = self.rows_s(beneath + num_nodes) - self.rows_s(beneath)
-        return self.tree_scale * grown + self.tree_s + self.node_s * num_nodes
+        return self.tree_scale * grown + self.node_s * num_nodes
 
     def rows_s(self, num_rows: float | np.ndarray) -> Any:
         """Seconds of the target's pass by rows; a number, or float64 of the argument's shape."""
@@ -211,7 +218,7 @@ class CostModel:
         """
         if len(scales) != len(PARTS) or min(scales) < 0:
             raise ValueError(f"scales = {tuple(scales)}: must be {len(PARTS)} numbers of at least 0")
-        rows, requests, context, trees, draft, prompts = map(float, scales)
+        rows, requests, context, trees, nodes, draft, prompts = map(float, scales)
         return CostModel(
             row_knots=self.row_knots,
             row_s=tuple(s * rows for s in self.row_s),
@@ -220,10 +227,10 @@ class CostModel:
             request_s=self.request_s * requests,
             context_s=self.context_s * context,
             tree_s=self.tree_s * trees,
-            node_s=self.node_s * trees,
+            node_s=self.node_s * nodes,
             draft_context_s=self.draft_context_s * draft,
             prompt_share=self.prompt_share * prompts / rows if rows else 0.0,
-            tree_scale=self.tree_scale * trees / rows if rows else 0.0,
+            tree_scale=self.tree_scale * nodes / rows if rows else 0.0,
             source=self.source,
         )
 

@@ -9,7 +9,7 @@ from jetflow_cluster.engine.cost_model import PARTS, CostModel, StepShape
 #: What is left of an observation's weight after each later one: half after 140 steps.
 _FADE = 0.995
 #: Observations that the model as it was measured counts for, per part.
-_PRIOR_WEIGHT = 2.0
+_PRIOR_WEIGHT = 0.5
 #: A step that took this many times what was foretold was held up by something else, and counts as this many.
 _MOST = 2.0
 #: Bounds of the scales.

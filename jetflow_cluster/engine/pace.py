@@ -26,11 +26,12 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 256, 4096
 #: Steps with trees behind which a plain one is timed; where trees are less than so far ahead, when there is little to
 #: lose and much to know; and plain steps that are timed before anything is known.
 _PLAIN_EVERY, _PLAIN_OFTEN, _NEAR, _NUM_PLAIN = 192, 32, 1.15, 4
-#: Variances over squared means: of the tokens that a request gets in a step with guesses, and of a step's time.
-_TOKEN_SPREAD, _TIME_SPREAD = 0.4, 0.01
+#: Variances over squared means: of the tokens that a request gets in a step with guesses, and of a step's time; and
+#: standard errors that count as chance.
+_TOKEN_SPREAD, _TIME_SPREAD, _NUM_ERRORS = 0.4, 0.01, 0.5
 #: Pace beside plain steps that a kind must keep: what goes on between steps has its price too, and so have the draft
 #: contexts that go on while plain steps are timed.
-_LEAST_GAIN = 1.04
+_LEAST_GAIN = 1.05
 #: Share of a step's time that its prompts may take where the rest is judged.
 _MOST_PROMPTS = 0.3
 #: Seconds that a plain step is foretold at least.
@@ -161,7 +162,7 @@ class Pace:
         if record.num < _decayed(needed) or plain.num < 1.0:
             return
         chance = (_TOKEN_SPREAD / num_decoding + _TIME_SPREAD) / record.num + _TIME_SPREAD / plain.num
-        if record.pace * (1.0 + math.sqrt(chance)) >= _LEAST_GAIN * plain.pace:
+        if record.pace * (1.0 + _NUM_ERRORS * math.sqrt(chance)) >= _LEAST_GAIN * plain.pace:
             record.is_doubted = False
             if record.pace > 1.1 * plain.pace:
                 record.next_pause = _FIRST_PAUSE

@@ -35,13 +35,13 @@ from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH
 from jetflow_cluster.types import LatencyClass
 
 #: Expected tokens per second over those of not drafting at which drafting begins, and below which it ends.
-TURN_ON, TURN_OFF = 1.04, 0.99
+TURN_ON, TURN_OFF = 1.08, 1.03
 #: Drafting for all, this near to paying, draft contexts go on.
-KEEP_CONTEXT = 1.0
+KEEP_CONTEXT = 1.05
 #: Steps between two looks at an unchanged load.
 _LOOK_EVERY = 16
 #: Share of the load by which it must change to be looked at before that.
-_NEWS = 0.1
+_NEWS = 0.2
 #: Such looks between two at what a better head could do, where the load is the reason.
 _HOPE_EVERY = 4
 #: Most nodes of one tree.

@@ -12,7 +12,7 @@ import numpy as np
 
 from jetflow_cluster.engine.budget import FixedBudget
 from jetflow_cluster.engine.cost_fit import fit_costs
-from jetflow_cluster.engine.cost_model import CostModel, StepShape
+from jetflow_cluster.engine.cost_model import PARTS, CostModel, StepShape
 from jetflow_cluster.engine.cost_store import CostStore
 from jetflow_cluster.engine.draft_choice import NODES, Gains
 from jetflow_cluster.engine.engine import Engine
@@ -211,7 +211,7 @@ def measure_costs(
                 least[shape] = min(took_s, least.get(shape, took_s))
         ratios = [took_s / stored.step_s(shape) for shape, took_s in least.items()]
         if ratios and max(ratios) / min(ratios) < _BELIEVED and 1 / _BELIEVED < statistics.median(ratios) < _BELIEVED:
-            return stored.scaled([statistics.median(ratios)] * 6)
+            return stored.scaled([statistics.median(ratios)] * len(PARTS))
     if engine.drafter is not None and engine.drafter.max_depth > 3:
         shallow = [replace(cell, depth=3) for cell in cells if cell.num_requests in (1, 8) and cell.num_nodes == 4]
         cells = shallow + cells

@@ -88,7 +88,7 @@ def test_what_is_no_model_is_refused(change: dict[str, object], match: str) -> N
 
 def test_scales_multiply_parts() -> None:
     shape = StepShape(num_requests=4, num_rows=50, num_context_tokens=999, num_draft_rows=32, num_prompt_rows=0)
-    scales = (1.5, 2.0, 0.5, 3.0, 0.25, 1.0)
+    scales = (1.5, 2.0, 0.5, 3.0, 0.7, 0.25, 1.0)
     expected = [p * s for p, s in zip(MODEL.parts(shape), scales, strict=True)]
     assert MODEL.scaled(scales).parts(shape) == pytest.approx(expected)
     assert len(PARTS) == len(expected)

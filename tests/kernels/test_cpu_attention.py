@@ -114,3 +114,11 @@ def test_chains_and_trees_of_the_same_rows_agree() -> None:
 def test_what_is_not_served(head_dim: int, dtype: torch.dtype, pages_dtype: torch.dtype) -> None:
     case = make_case(BATCHES["one-tree"], head_dim=head_dim, dtype=dtype, pages_dtype=pages_dtype)
     assert attention.tree_attention(case.plan, case.q, case.k_pages, case.v_pages, scale=0.1) is None
+
+
+@pytest.mark.parametrize("page", [-1, 10**6])
+def test_pages_that_are_not_there(page: int) -> None:
+    case = make_case(BATCHES["trees-of-odd-sizes"], dtype=torch.float32)
+    case.plan.page_table[1, 1] = page
+    with pytest.raises(IndexError, match="page_table"):
+        _attend(case)

@@ -1,5 +1,5 @@
-/* Attention of few rows per request to paged keys: each row is computed by itself, so its result is the same bit for bit
- * whatever else is in the batch, and no request is padded to another's size.
+/* Attention of few rows per request to paged keys: each row is computed by itself, so its result is the same bit for
+ * bit whatever else is in the batch, and no request is padded to another's size.
  *
  * Scores, sums and keys are fp32. A score is the sum of 16 partial sums, added in one order; the weights are summed in
  * LANES partial sums by position, and the values position by position.
@@ -21,6 +21,7 @@
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
 
 enum { TREE, CHAIN, BIDIRECTIONAL };
+enum { NO_MEMORY = 1, NO_PAGE = 2 };
 
 /* One request, as the caller lists them. */
 typedef struct {
@@ -36,7 +37,8 @@ typedef struct {
     const int32_t *page_table; /* [num_requests, table_width] */
     const uint32_t *ancestors; /* [num_all_rows, num_words] */
     void *out;
-    int64_t num_requests, table_width, page_size, num_words, num_heads, num_kv_heads, num_vectors, rows_per_task;
+    int64_t num_requests, table_width, num_pages, page_size, num_words;
+    int64_t num_heads, num_kv_heads, num_vectors, rows_per_task;
     float scale;
     int half;
 } Attention;
@@ -45,7 +47,7 @@ typedef struct {
 typedef struct {
     const Request *request;
     const int32_t *pages;
-    int64_t kv_head, num_keys, first;
+    int64_t kv_head, num_keys;
     int64_t row[MAX_ROWS], head[MAX_ROWS];
 } Task;
 
@@ -80,7 +82,7 @@ INLINE float sum_of(Vector x) {
 #endif
 }
 
-/* First position behind `from` that lies on another page. */
+/* The first position behind `from` that is on another page, or the end. */
 INLINE int64_t run_end(const Attention *a, int64_t from, int64_t end) {
     int64_t next = (from / a->page_size + 1) * a->page_size;
     return next < end ? next : end;
@@ -127,7 +129,8 @@ INLINE void attend_of(const Attention *a, const Task *task, float *scores, int n
     Vector q[MAX_ROWS][MAX_VECTORS], sums[MAX_ROWS][MAX_VECTORS];
     for (int r = 0; r < num_rows; r++) {
         float row[MAX_VECTORS * WIDTH];
-        const void *from = at(a->q, (task->request->first_row + task->row[r]) * a->stride + task->head[r] * head_dim, a->half);
+        int64_t place = (task->request->first_row + task->row[r]) * a->stride + task->head[r] * head_dim;
+        const void *from = at(a->q, place, a->half);
         for (int64_t i = 0; i < head_dim; i++) row[i] = load(from, i, a->half);
         for (int v = 0; v < num_vectors; v++) {
             q[r][v] = vector_of(row + v * WIDTH);
@@ -159,7 +162,7 @@ INLINE void attend_of(const Attention *a, const Task *task, float *scores, int n
                 float weight = scores[r * num_keys + i];
                 /* A value that is not seen may be anything. */
                 if (i >= num_context && weight == 0.0f) continue;
-                Vector weights = weight - (Vector){0};
+                Vector weights = (Vector){0} + weight;
                 for (int v = 0; v < num_vectors; v++)
                     sums[r][v] = multiply_add_vector(weights, vector_of(value + v * WIDTH), sums[r][v]);
             }
@@ -173,15 +176,15 @@ INLINE void attend_of(const Attention *a, const Task *task, float *scores, int n
 }
 
 /* The usual heads as constants, so that a tile's rows stay in registers. */
-ROW_FUNCTION void attend_4x64(const Attention *a, const Task *task, float *scores) { attend_of(a, task, scores, 4, 4); }
-ROW_FUNCTION void attend_2x128(const Attention *a, const Task *task, float *scores) { attend_of(a, task, scores, 2, 8); }
-ROW_FUNCTION void attend_1x64(const Attention *a, const Task *task, float *scores) { attend_of(a, task, scores, 1, 4); }
-ROW_FUNCTION void attend_1x128(const Attention *a, const Task *task, float *scores) { attend_of(a, task, scores, 1, 8); }
+ROW_FUNCTION void attend_4x64(const Attention *a, const Task *t, float *scores) { attend_of(a, t, scores, 4, 4); }
+ROW_FUNCTION void attend_2x128(const Attention *a, const Task *t, float *scores) { attend_of(a, t, scores, 2, 8); }
+ROW_FUNCTION void attend_1x64(const Attention *a, const Task *t, float *scores) { attend_of(a, t, scores, 1, 4); }
+ROW_FUNCTION void attend_1x128(const Attention *a, const Task *t, float *scores) { attend_of(a, t, scores, 1, 8); }
 ROW_FUNCTION void attend_any(const Attention *a, const Task *task, float *scores, int num_rows) {
     attend_of(a, task, scores, num_rows, (int)a->num_vectors);
 }
 
-/* Returns 1 where there is no memory. */
+/* Returns NO_MEMORY, NO_PAGE where the table names a page that there is not, or 0. */
 static int run_task(const Attention *a, int64_t index) {
     int64_t low = 0, high = a->num_requests;
     while (high - low > 1) {
@@ -194,16 +197,18 @@ static int run_task(const Attention *a, int64_t index) {
     const Request *request = &a->requests[low];
     int64_t per_key = a->num_heads / a->num_kv_heads, num_all = request->num_rows * per_key;
     int64_t tasks_per_head = (num_all + a->rows_per_task - 1) / a->rows_per_task, own = index - a->first_task[low];
-    Task task = {request, a->page_table + low * a->table_width, own / tasks_per_head, 0,
-                 own % tasks_per_head * a->rows_per_task, {0}, {0}};
-    int num_rows = (int)(num_all - task.first < a->rows_per_task ? num_all - task.first : a->rows_per_task);
+    int64_t first = own % tasks_per_head * a->rows_per_task;
+    int num_rows = (int)(num_all - first < a->rows_per_task ? num_all - first : a->rows_per_task);
+    Task task = {.request = request, .pages = a->page_table + low * a->table_width, .kv_head = own / tasks_per_head};
     for (int r = 0; r < num_rows; r++) {
-        task.row[r] = (task.first + r) / per_key;
-        task.head[r] = task.kv_head * per_key + (task.first + r) % per_key;
+        task.row[r] = (first + r) / per_key;
+        task.head[r] = task.kv_head * per_key + (first + r) % per_key;
     }
     task.num_keys = request->num_context + (request->kind == CHAIN ? task.row[num_rows - 1] + 1 : request->num_rows);
+    for (int64_t page = 0; page * a->page_size < task.num_keys; page++)
+        if (task.pages[page] < 0 || task.pages[page] >= a->num_pages) return NO_PAGE;
     float *scores = malloc((size_t)(num_rows * task.num_keys) * sizeof(float));
-    if (!scores) return 1;
+    if (!scores) return NO_MEMORY;
     if (a->num_vectors == 4 && num_rows == 4)
         attend_4x64(a, &task, scores);
     else if (a->num_vectors == 4 && num_rows == 1)
@@ -220,13 +225,32 @@ static int run_task(const Attention *a, int64_t index) {
 
 /* q [num_all_rows, num_heads, head_dim] with `stride` elements from row to row, bf16 where `half` is set; out likewise,
  * contiguous. `requests`, `first_task` and the rest are as in `Attention`; `rows_per_task` is at most MAX_ROWS. Returns
- * 0, or 1 where there is no memory. */
+ * 0, or NO_MEMORY and NO_PAGE together where a task met them. */
 int tree_attention(const void *q, int64_t stride, const float *k_pages, const float *v_pages, const Request *requests,
                    const int64_t *first_task, const int32_t *page_table, const uint32_t *ancestors, void *out,
-                   int64_t num_requests, int64_t table_width, int64_t page_size, int64_t num_words, int64_t num_heads,
-                   int64_t num_kv_heads, int64_t head_dim, int64_t rows_per_task, float scale, int half, int threads) {
-    Attention a = {q,           stride,    k_pages,   v_pages,   requests,     first_task,       page_table,    ancestors, out,
-                   num_requests, table_width, page_size, num_words, num_heads, num_kv_heads, head_dim / WIDTH, rows_per_task, scale, half};
+                   int64_t num_requests, int64_t table_width, int64_t num_pages, int64_t page_size, int64_t num_words,
+                   int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t rows_per_task, float scale,
+                   int half, int threads) {
+    Attention a = {.q = q,
+                   .stride = stride,
+                   .k_pages = k_pages,
+                   .v_pages = v_pages,
+                   .requests = requests,
+                   .first_task = first_task,
+                   .page_table = page_table,
+                   .ancestors = ancestors,
+                   .out = out,
+                   .num_requests = num_requests,
+                   .table_width = table_width,
+                   .num_pages = num_pages,
+                   .page_size = page_size,
+                   .num_words = num_words,
+                   .num_heads = num_heads,
+                   .num_kv_heads = num_kv_heads,
+                   .num_vectors = head_dim / WIDTH,
+                   .rows_per_task = rows_per_task,
+                   .scale = scale,
+                   .half = half};
     int64_t num_tasks = first_task[num_requests];
     int failed = 0;
     if (threads > 1) {

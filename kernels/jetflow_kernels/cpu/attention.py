@@ -18,6 +18,7 @@ _LARGE = 1 << 11
 #: As in `attention.c`.
 _WIDTH, _MAX_HEAD_DIM = 16, 256
 _TREE, _CHAIN, _BIDIRECTIONAL = range(3)
+_NO_PAGE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,11 @@ class _Layout:
 def tree_attention(
     plan: TreeAttentionPlan, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *, scale: float
 ) -> torch.Tensor | None:
-    """`jetflow_kernels.tree_attention.tree_attention`, whose shapes are checked there."""
+    """`jetflow_kernels.tree_attention.tree_attention`, whose shapes are checked there.
+
+    Raises:
+        IndexError: a page that is not there.
+    """
     half = HALF.get(q.dtype)
     functions = cpu_kernels().functions
     _, num_heads, head_dim = q.shape
@@ -66,6 +71,7 @@ def tree_attention(
         out.data_ptr(),
         plan.num_requests,
         layout.page_table.shape[1],
+        k_pages.shape[0],
         plan.page_size,
         layout.ancestors.shape[1],
         num_heads,
@@ -76,6 +82,8 @@ def tree_attention(
         half,
         torch.get_num_threads() if is_large else 1,
     )
+    if failed & _NO_PAGE:
+        raise IndexError(f"page_table names what is not one of the {k_pages.shape[0]} pages")
     return None if failed else out
 
 

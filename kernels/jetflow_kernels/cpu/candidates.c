@@ -187,8 +187,20 @@ int draft_candidates(const void *logits, int64_t request_stride, int64_t depth_s
                      const void *child, int64_t rank, int half_factors, int64_t *ids, float *logprobs, int32_t *scores,
                      int threads) {
     if (width > MAX_WIDTH || width > vocab_size) return 1;
-    Draft a = {logits, request_stride, depth_stride, num_depths, vocab_size, width, sharpness, parent, child, rank,
-               ids,    logprobs,       scores,       parent ? width : 1};
+    Draft a = {.logits = logits,
+               .request_stride = request_stride,
+               .depth_stride = depth_stride,
+               .num_depths = num_depths,
+               .vocab_size = vocab_size,
+               .width = width,
+               .sharpness = sharpness,
+               .parent = parent,
+               .child = child,
+               .rank = rank,
+               .ids = ids,
+               .logprobs = logprobs,
+               .scores = scores,
+               .num_parents = parent ? width : 1};
     int64_t num_rows = num_requests * num_depths;
     EACH_ROW(marginal_row(&a, row, half))
     EACH_ROW(scored_row(&a, row, half_factors))

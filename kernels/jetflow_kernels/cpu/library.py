@@ -30,7 +30,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
         ctypes.c_int,
     ),
     "tree_attention": (
-        [_POINTER, _SIZE, *[_POINTER] * 7, *[_SIZE] * 8, _FLOAT, _INT, _INT],
+        [_POINTER, _SIZE, *[_POINTER] * 7, *[_SIZE] * 9, _FLOAT, _INT, _INT],
         ctypes.c_int,
     ),
     "grow_trees": (

@@ -180,8 +180,8 @@ static void grow(Tree *trees, int64_t num_requests, int64_t num_left, Price *pri
 }
 
 /* Trees of all requests. `out` is [4, num_requests, room]: token ids, parents, depths and scores of nodes behind the
- * root, whose places are left as they are; `num_nodes` is what each tree has in the end. `costs` [num_costs] begins where all trees are bare roots;
- * NULL is no price. Returns 0, or 1 where there is no memory. */
+ * root, whose places are left as they are; `num_nodes` is what each tree has in the end. `costs` [num_costs] begins
+ * where all trees are bare roots; NULL is no price. Returns 0, or 1 where there is no memory. */
 int grow_trees(const Table *tables, int64_t num_requests, int64_t num_left, const int64_t *costs, int64_t num_costs,
                const int64_t *values, int64_t num_values, int64_t *out, int64_t room, int64_t *num_nodes) {
     int64_t num_rows = 0, num_ranks = 0, num_all = 0;
@@ -236,7 +236,8 @@ void map_scores(const int32_t *scores, int64_t num_depths, int64_t per_depth, co
             int32_t nats = scores[i] < 0 ? -scores[i] : 0, knot = nats >> knot_shift;
             if (knot > last) knot = last;
             int32_t rest = nats - (knot << knot_shift), within = rest < width ? rest : width;
-            int64_t mapped = map[knot] + (((int64_t)map[knot + 1] - map[knot]) * within >> knot_shift) + (rest - within);
+            int64_t slope = (int64_t)map[knot + 1] - map[knot];
+            int64_t mapped = map[knot] + (slope * within >> knot_shift) + (rest - within);
             out[i] = (int32_t)-(mapped < 0 ? 0 : mapped > worst ? worst : mapped);
         }
     }
