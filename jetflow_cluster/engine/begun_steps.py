@@ -15,6 +15,8 @@ class BegunStep:
 
     #: Of its plan, which they tell apart from others.
     items: tuple[ScheduledRequest, ...]
+    #: Tokens of its decoding requests' prefixes.
+    num_context_tokens: int = 0
     #: Rows that the draft head computed.
     num_draft_rows: int = 0
     #: Accepted tokens that were foretold of the requests that draft, by their identity.

@@ -96,9 +96,8 @@ class Learning:
             self._observe_values(step, grown)
 
     def _observe_cost(self, step: _Outcome) -> None:
-        items = step.begun.items
+        items, context = step.begun.items, step.begun.num_context_tokens
         decoding = [i for i, item in enumerate(items) if item.num_rows == 1 and item.is_last]
-        context = sum(items[i].request.num_computed for i in decoding)
         shape = StepShape(
             num_requests=len(decoding),
             num_rows=sum(step.trees[i].num_nodes for i in decoding),

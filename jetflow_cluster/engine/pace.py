@@ -92,12 +92,11 @@ class Pace:
     ) -> None:
         """Counts a step whose trees are the policy's own choice, but for what its prompts took by `cost`; `measured` is
         the same model at all times, by which steps of unlike loads are compared."""
-        num_rows = num_prompt_rows = num_decoding = num_tokens = num_context_tokens = 0
+        num_rows = num_prompt_rows = num_decoding = num_tokens = 0
         for item, tree, path in zip(begun.items, trees, paths, strict=True):
             if item.is_priced and path is not None:
                 num_rows += tree.num_nodes
                 num_decoding += 1
-                num_context_tokens += item.request.num_computed
                 num_tokens += len(path.token_ids)
             elif item.num_rows == 1 and item.is_forced:
                 return
@@ -108,7 +107,7 @@ class Pace:
             return
         has_trees = num_rows > num_decoding
         kind = StepKind.HEAD if begun.num_draft_rows else StepKind.LOOKUP if has_trees else StepKind.PLAIN
-        plain_s = measured.plain_s(num_decoding, num_context_tokens)
+        plain_s = measured.plain_s(num_decoding, begun.num_context_tokens)
         self.observe(kind, num_decoding, num_tokens, (took_s - prompts_s) / max(plain_s, _LEAST_S))
 
     def observe(self, kind: StepKind, num_decoding: int, num_tokens: int, took: float) -> None:

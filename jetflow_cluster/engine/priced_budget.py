@@ -183,10 +183,15 @@ class PricedBudget:
         """See `BudgetPolicy`."""
         items = plan.items
         asked = [item for item, source in zip(items, sources, strict=True) if source is Source.HEAD and item.asks_head]
-        self._begun.note(
-            BegunStep(items=items, num_draft_rows=self._draft_rows(asked), foretold=self._drafting),
+        decoding = [item for item in items if item.num_rows == 1 and item.is_last]
+        begun = BegunStep(
+            items=items,
+            num_context_tokens=sum(item.request.num_computed for item in decoding),
+            num_draft_rows=self._draft_rows(asked),
+            foretold=self._drafting,
         )
-        priced = [item for item in items if item.is_priced]
+        self._begun.note(begun)
+        priced = [item for item in decoding if not item.is_forced]
         if all(source is Source.NONE for item, source in zip(items, sources, strict=True) if item.is_priced):
             return plan
         num_draft_rows = self._draft_rows([item for item in asked if item.is_priced])

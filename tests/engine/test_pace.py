@@ -143,7 +143,7 @@ def _chain(num_nodes: int) -> DraftTree:
 
 def _step(num_decoding: int, num_nodes: int, num_prompt_rows: int, num_draft_rows: int) -> tuple[Any, ...]:
     """A step's items, trees and paths: chains of which all is accepted."""
-    request = SimpleNamespace(params=SamplingParams(), num_computed=0)
+    request = SimpleNamespace(params=SamplingParams())
     items = [ScheduledRequest(request=request, num_rows=1, is_last=True) for _ in range(num_decoding)]
     trees = [_chain(num_nodes) for _ in items]
     paths = [AcceptedPath(nodes=list(range(num_nodes)), token_ids=[0] * num_nodes) for _ in items]
