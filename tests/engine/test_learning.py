@@ -1,0 +1,109 @@
+"""What steps teach a policy, when, and what they must not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jetflow_cluster import SamplingParams, SpeculationOptions
+from jetflow_cluster.engine.begun_steps import BegunStep
+from jetflow_cluster.engine.cost_model import CostModel
+from jetflow_cluster.engine.draft_choice import NODES, Gains, Situation, choose
+from jetflow_cluster.engine.learning import Learning
+from jetflow_cluster.engine.pace import StepKind
+from jetflow_cluster.engine.priced_budget import PricedBudget
+from jetflow_cluster.engine.protocols import DecodeLoad, ScheduledRequest, Source, StepPlan
+from jetflow_cluster.engine.value_model import ValueModel
+from jetflow_cluster.engine.worth import Worth
+from jetflow_cluster.tree.accept import AcceptedPath
+from jetflow_cluster.tree.draft_tree import DraftTree
+
+COST = CostModel(row_knots=(1, 512), row_s=(10e-3, 20e-3), draft_knots=(8, 512), draft_s=(1e-4, 1e-3))
+GAINS = Gains(accepted=np.minimum(0.6 * np.log2(NODES)[:, None], np.arange(1, 8)[None, :]))
+TREE = DraftTree(token_ids=[0, 1, 2], parents=[-1, 0, 1], depths=[0, 1, 2], scores=[0, -100, -50_000])
+PATH = AcceptedPath(nodes=[0, 1], token_ids=[1, 5])
+
+
+def request(arrival: int, mode: str = "auto") -> Any:
+    params = SamplingParams(temperature=0.0, speculation=SpeculationOptions(mode=mode))
+    return SimpleNamespace(
+        params=params, room=50, has_draft_context=True, num_computed=20, arrival=arrival, worth=Worth()
+    )
+
+
+def step(mode: str = "auto", num: int = 2) -> BegunStep:
+    items = [
+        ScheduledRequest(request=request(i, mode), num_rows=1, is_last=True, max_tree_nodes=8, max_depth=24)
+        for i in range(num)
+    ]
+    return BegunStep(items=tuple(items), num_context_tokens=40, num_draft_rows=16)
+
+
+def load(num: int) -> DecodeLoad:
+    return DecodeLoad(requests=[request(i) for i in range(num)], num_decoding=num, fair_nodes=64, num_prompt_rows=0)
+
+
+def test_steps_are_learned_from_together() -> None:
+    learning = Learning(COST, ValueModel())
+    learned = [learning.note(step(), [TREE, TREE], [PATH, PATH], 0.01) for _ in range(16)]
+    assert learned == [i % 8 == 7 for i in range(16)]
+    assert learning.value._seen.sum() == 16 * 2 * 2
+    learning.note(step(), [TREE, TREE], [PATH, PATH], 0.01)
+    learning.catch_up()
+    assert learning.value._seen.sum() == 17 * 2 * 2
+
+
+@pytest.mark.parametrize(("mode", "teaches"), [("auto", True), ("force", False)])
+def test_only_trees_of_calibrated_scores_teach_the_calibration(mode: str, teaches: bool) -> None:
+    learning = Learning(COST, ValueModel())
+    begun = step(mode)
+    for _ in range(8):
+        learning.note(begun, [TREE, TREE], [PATH, PATH], 0.01)
+    assert bool(learning.value._seen.any()) is teaches
+    assert (begun.items[0].request.worth.promised > 0) is teaches
+
+
+def test_the_head_has_no_more_rows_than_its_block() -> None:
+    """Though a request's own text may guess deeper."""
+    budget = PricedBudget(COST, GAINS, has_lookup=True)
+    items = step(num=3).items
+    assert items[0].head_depth == 24
+    plan = budget.price_rows(StepPlan(items=items, tree_budget=24), [Source.HEAD, Source.HEAD, Source.CHAIN])
+    assert plan.row_costs is not None
+    begun = budget._begun.of(plan)
+    assert (begun.num_draft_rows, begun.num_context_tokens) == (2 * 8, 3 * 20)
+
+
+def test_what_was_allowed_holds_until_something_is_learned() -> None:
+    budget = PricedBudget(COST, GAINS)
+    asked = load(2)
+    allowed = budget.allow(asked)
+    assert budget.is_on and allowed[0].max_tree_nodes > 1
+    plan = StepPlan(items=step().items)
+    for _ in range(7):
+        assert budget.allow(asked) is allowed
+        budget.observe(plan, [TREE, TREE], [PATH, PATH], 0.01)
+    budget.observe(plan, [TREE, TREE], [PATH, PATH], 0.01)
+    assert budget.allow(asked) is not allowed
+    assert budget.allow(load(3)) is not budget.allow(asked), "other requests, other allowances"
+
+
+def test_plain_steps_are_asked_for_once_until_they_are_known() -> None:
+    budget = PricedBudget(COST, GAINS)
+    asked = load(2)
+    assert budget.allow(asked)[0].uses_head
+    for _ in range(6):
+        budget.learning.pace.observe(StepKind.HEAD, 2, 6, 1.0)
+    drafts = [budget.allow(asked)[0].max_tree_nodes > 1 for _ in range(5)]
+    assert drafts == [False, True, True, True, True]
+
+
+def test_some_may_draft_where_that_is_clearly_better_than_all() -> None:
+    situation = Situation(num_requests=4, num_context_tokens=100, num_prompt_rows=0, max_nodes=64, num_block_slots=None)
+    cost = CostModel(row_knots=(1, 512), row_s=(10e-3, 800e-3), draft_knots=(8, 512), draft_s=(1e-4, 8e-3))
+    alike, unlike = np.array([1.1, 1.1, 0.9, 0.9]), np.array([1.5, 0.1, 0.1, 0.1])
+    assert choose(cost, GAINS, alike, situation).num_drafted == 4
+    assert choose(cost, GAINS, unlike, situation).num_drafted == 1
