@@ -94,8 +94,8 @@ class PricedBudget:
         self._probing: set[int] = set()
         #: The next step is decided on before this one's outcome is told.
         self._begun = BegunSteps()
-        #: Decoding requests at the last decision.
-        self._num_decided = 0
+        #: Decoding requests at the last decision, and the latest arrival among them.
+        self._num_decided, self._newest_decided = 0, -1
         self._num_steps = self._num_decisions = 0
         #: What was allowed to these requests, by arrival, and holds until something is learned or decided.
         self._allowed: tuple[list[int], list[Allowance]] | None = None
@@ -121,11 +121,15 @@ class PricedBudget:
         """See `BudgetPolicy`."""
         self._num_steps += 1
         fell = (1.0 - _NEWS) * self._num_decided
-        # Where nothing is drafted, only a load that falls is news.
-        is_news = load.num_decoding < fell or (self.is_on and load.num_decoding > (1.0 + _NEWS) * self._num_decided)
+        newest = load.requests[-1].arrival if load.requests else -1
+        # Where nothing is drafted, only a load that falls is news, and who comes where guesses were the reason.
+        if self.is_on:
+            is_news = load.num_decoding < fell or load.num_decoding > (1.0 + _NEWS) * self._num_decided
+        else:
+            is_news = load.num_decoding < fell or (self.reason == "head" and newest > self._newest_decided)
         if self._choice is None or is_news or self._num_steps % _LOOK_EVERY == 0:
             self._decide(load, is_news=is_news)
-            self._num_decided = load.num_decoding
+            self._num_decided, self._newest_decided = load.num_decoding, newest
         pace = self.learning.pace
         if self.is_on and not self._is_timing and pace.wants_plain(load.num_decoding):
             self._is_timing, self._allowed = True, None

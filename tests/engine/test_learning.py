@@ -107,3 +107,14 @@ def test_some_may_draft_where_that_is_clearly_better_than_all() -> None:
     alike, unlike = np.array([1.1, 1.1, 0.9, 0.9]), np.array([1.5, 0.1, 0.1, 0.1])
     assert choose(cost, GAINS, alike, situation).num_drafted == 4
     assert choose(cost, GAINS, unlike, situation).num_drafted == 1
+
+
+def test_a_newcomer_is_news_where_guesses_were_the_reason() -> None:
+    dear = CostModel(row_knots=(1, 512), row_s=(10e-3, 20e-3), draft_knots=(8, 512), draft_s=(5e-3, 8e-3))
+    budget = PricedBudget(dear, GAINS)
+    poor = load(1)
+    poor.requests[0].worth.accepted, poor.requests[0].worth.promised = 0.0, 60.0
+    assert budget.allow(poor)[0].max_tree_nodes == 1
+    assert (budget.is_on, budget.reason) == (False, "head")
+    newcomer = DecodeLoad(requests=[request(7)], num_decoding=1, fair_nodes=64, num_prompt_rows=0)
+    assert budget.allow(newcomer)[0].max_tree_nodes > 1
