@@ -35,7 +35,7 @@ from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH
 from jetflow_cluster.types import LatencyClass
 
 #: Expected tokens per second over those of not drafting at which drafting begins, and below which it ends.
-TURN_ON, TURN_OFF = 1.08, 1.03
+TURN_ON, TURN_OFF = 1.10, 1.03
 #: Drafting for all, this near to paying, draft contexts go on.
 KEEP_CONTEXT = 1.05
 #: Steps between two looks at an unchanged load.
