@@ -25,7 +25,8 @@ HOPED = tuple(0.6 * np.log2(n) for n in NODES)
 #: What guesses from a request's own text must be worth over what they cost. Where no head guesses the load is high, and
 #: rows of trees cost more there than warm-up foretells.
 _LOOKUP_MARGIN = 2.0
-#: What drafting for a part of the requests must promise over drafting for all: the worthiest are so by luck too.
+#: What drafting for a part of the requests must promise over drafting for all, and is thought to promise too much: the
+#: worthiest are so by luck too.
 _PART_MARGIN = 1.1
 
 
@@ -102,7 +103,7 @@ def choose(
     trees_s = cost.trees_s(beneath, nodes)
     head_s = cost.drafting_s(counts[:, None] * slots, counts[:, None] * mean_context)[:, None, :]
     rates = (num + gain) / (plain_s + trees_s + head_s)
-    rates[counts < num] /= _PART_MARGIN
+    rates[counts < len(worths)] /= _PART_MARGIN
     m, k, d = np.unravel_index(int(rates.argmax()), rates.shape)
     return Choice(
         num_drafted=int(counts[m]),

@@ -97,8 +97,10 @@ class PricedBudget:
         #: Decoding requests at the last decision, and the latest arrival among them.
         self._num_decided, self._newest_decided = 0, -1
         self._num_steps = self._num_decisions = 0
-        #: What was allowed to these requests, by arrival, and holds until something is learned or decided.
-        self._allowed: tuple[list[int], list[Allowance]] | None = None
+        #: What was allowed to these requests, by arrival, with so many nodes for each; it holds until something is
+        #: learned or decided. And the step in which something was.
+        self._allowed: tuple[list[int], int, list[Allowance]] | None = None
+        self._allowed_at = 0
         #: Plain steps were asked for since something was learned.
         self._is_timing = False
         #: Shortest match of a request's own text that pays by itself, None where none does; and whether that is known
@@ -136,8 +138,9 @@ class PricedBudget:
             self._drafting, self._probing = {}, set()
             return [Allowance(uses_head=False)] * len(load.requests)
         arrivals = [request.arrival for request in load.requests]
-        if self._allowed is not None and self._allowed[0] == arrivals:
-            return self._allowed[1]
+        fair_nodes = min(load.fair_nodes, _MOST_NODES)
+        if self._allowed is not None and self._allowed[:2] == (arrivals, fair_nodes):
+            return self._allowed[2]
         self._probing = set()
         self._drafting = self._chosen(load)
         may_look = self._has_lookup and load.fair_nodes >= _LOOKUP_SHARE
@@ -146,7 +149,8 @@ class PricedBudget:
         found = [self._allowance(request, load, rests, may_look=may_look) for request in load.requests]
         # A probe counts its steps, and contexts may become ready.
         is_settled = not self._probing and (not self.is_on or len(self._drafting) == self._num_wanted(load))
-        self._allowed = (arrivals, found) if is_settled else None
+        self._allowed = (arrivals, fair_nodes, found) if is_settled else None
+        self._allowed_at = self._num_steps
         return found
 
     def _num_wanted(self, load: DecodeLoad) -> int:
@@ -346,7 +350,7 @@ class PricedBudget:
                 keeps_context=keeps,
                 bias=bias,
             )
-        request.worth.rested()
+        request.worth.rested(self._num_steps - self._allowed_at)
         key = (keeps, may_look and request.params.is_greedy and request.room >= 4)
         if key not in rests:
             # One for all that are alike.

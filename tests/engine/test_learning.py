@@ -118,3 +118,19 @@ def test_a_newcomer_is_news_where_guesses_were_the_reason() -> None:
     assert (budget.is_on, budget.reason) == (False, "head")
     newcomer = DecodeLoad(requests=[request(7)], num_decoding=1, fair_nodes=64, num_prompt_rows=0)
     assert budget.allow(newcomer)[0].max_tree_nodes > 1
+
+
+def test_less_room_is_kept_to_at_once() -> None:
+    """As where a prompt has come that takes half of the rows."""
+    budget = PricedBudget(COST, GAINS)
+    budget.allow(load(2))
+    narrow = DecodeLoad(requests=load(2).requests, num_decoding=2, fair_nodes=5, num_prompt_rows=90)
+    assert [allowed.budget_share for allowed in budget.allow(narrow)] == [5, 5]
+
+
+def test_all_that_may_draft_are_no_part_of_those_that_decode() -> None:
+    situation = Situation(num_requests=3, num_context_tokens=100, num_prompt_rows=0, max_nodes=64, num_block_slots=None)
+    found = choose(COST, GAINS, np.ones(1), situation)
+    num_nodes, gain = found.num_nodes, GAINS.accepted[NODES.index(found.num_nodes), found.depth - 1]
+    seconds = COST.plain_s(3, 100) + COST.trees_s(3, num_nodes - 1) + COST.drafting_s(found.depth + 1)
+    assert found.tokens_per_s == pytest.approx((3 + gain) / seconds)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jetflow_kernels.cpu import attention, cpu_kernels
 from jetflow_kernels.tree_attention import plan_tree_attention
@@ -122,3 +123,10 @@ def test_pages_that_are_not_there(page: int) -> None:
     case.plan.page_table[1, 1] = page
     with pytest.raises(IndexError, match="page_table"):
         _attend(case)
+
+
+def test_tensors_without_memory() -> None:
+    case = make_case(BATCHES["one-tree"], dtype=torch.float32)
+    with FakeTensorMode() as mode:
+        q, k, v = (mode.from_tensor(x) for x in (case.q, case.k_pages, case.v_pages))
+        assert attention.tree_attention(case.plan, q, k, v, scale=0.1) is None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jetflow_kernels.cpu.library import HALF, cpu_kernels
+from jetflow_kernels.cpu.library import HALF, cpu_kernels, is_plain
 
 if TYPE_CHECKING:
     from jetflow_kernels.tree_attention.plan import TreeAttentionPlan
@@ -50,9 +50,8 @@ def tree_attention(
         or k_pages.dtype is not torch.float32
         or head_dim % _WIDTH
         or head_dim > _MAX_HEAD_DIM
-        or not (q.is_cpu and k_pages.is_contiguous() and v_pages.is_contiguous())
+        or not (is_plain(q) and k_pages.is_contiguous() and v_pages.is_contiguous())
         or q.stride()[1:] != (head_dim, 1)
-        or q.requires_grad
     ):
         return None
     rows_per_task = 4 if head_dim <= 64 else 2 if head_dim <= 128 else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jetflow_kernels.cpu.library import HALF, cpu_kernels
+from jetflow_kernels.cpu.library import HALF, cpu_kernels, is_plain
 
 #: Logits from which on rows are split among torch's threads.
 _LARGE = 1 << 14
@@ -25,7 +25,7 @@ def draft_candidates(
         ids int64 ``[R, D, W]`` and fixed-point scores int32 ``[R, D, W, W]``, or ``[R, D, 1, W]`` without factors.
     """
     half = HALF.get(logits.dtype)
-    if half is None or not logits.is_cpu or logits.stride(2) != 1 or logits.requires_grad or not sharpness > 0.0:
+    if half is None or not is_plain(logits) or logits.stride(2) != 1 or not sharpness > 0.0:
         return None
     num_requests, num_depths, vocab_size = logits.shape
     functions = cpu_kernels().functions

@@ -80,6 +80,11 @@ def cpu_kernels() -> CpuKernels:
     return _found
 
 
+def is_plain(x: torch.Tensor) -> bool:
+    """False for what has no memory on this CPU, and for what autograd or a compiler is to follow."""
+    return type(x) is torch.Tensor and x.is_cpu and not x.requires_grad and not torch.compiler.is_compiling()
+
+
 def load_cpu_kernels() -> CpuKernels:
     """Compiles and loads them anew."""
     if os.environ.get("JETFLOW_CPU_KERNELS") == "0":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jetflow_kernels.cpu.library import HALF, cpu_kernels
+from jetflow_kernels.cpu.library import HALF, cpu_kernels, is_plain
 
 #: Elements from which on rows are split among torch's threads: below, waking them costs more than they do.
 _LARGE = 1 << 16
@@ -66,7 +66,7 @@ def qk_norm_rope_store(
         IndexError: a slot that the pages do not have; nothing is written.
     """
     half, half_pages = HALF.get(qkv.dtype), HALF.get(k_pages.dtype)
-    if half is None or half_pages is None or half_pages > half or not _is_plain(qkv):
+    if half is None or half_pages is None or half_pages > half or not is_plain(qkv):
         return None
     functions = cpu_kernels().functions
     num_rows, heads, head_dim = qkv.shape
@@ -105,13 +105,8 @@ def qk_norm_rope_store(
     return q
 
 
-def _is_plain(x: torch.Tensor) -> bool:
-    """False for what has no memory on this CPU, and for what autograd or a compiler is to follow."""
-    return type(x) is torch.Tensor and x.is_cpu and not x.requires_grad and not torch.compiler.is_compiling()
-
-
 def _is_rows(x: torch.Tensor) -> bool:
-    return _is_plain(x) and x.dim() == 2 and x.stride(1) == 1
+    return is_plain(x) and x.dim() == 2 and x.stride(1) == 1
 
 
 def _heads_fit(
