@@ -36,6 +36,9 @@ def load(
     output_lengths: OutputLengths = UNEVEN_LENGTHS,
     requests_per_stream: Annotated[int, typer.Option(min=1, help="Requests of a round for each at a time.")] = 3,
     dtype: Annotated[str, typer.Option(help="Compute type.")] = "float32",
+    draft_workers: Annotated[
+        int, typer.Option(min=0, help="Dedicated draft workers; `auto` is then measured in one cohort too.")
+    ] = 0,
     max_seconds: MaxSeconds = None,
     add: Add = False,
     seed: Seed = 0,
@@ -60,6 +63,7 @@ def load(
         draft_head=draft_head,
         dtype=dtype,
         transformers_at=opt.read_numbers("transformers_at", transformers_at) if transformers_at else (),
+        num_draft_workers=draft_workers,
         max_s=max_seconds,
         add=add,
     )

@@ -321,6 +321,8 @@ class EngineStats:
     num_drafted_steps: int = 0
     #: Steps in which some request might have speculated, and none did.
     num_skipped_steps: int = 0
+    #: Steps in which draft workers guessed for one half of the requests while the other was verified.
+    num_overlapped_steps: int = 0
     #: Tokens per second that a node must be expected to add for each second that it costs; 0 without a price.
     speculation_price: float = 0.0
     #: Why there is speculation, or none: ``given`` (by configuration), ``pays``, ``load``, ``head`` (its guesses are

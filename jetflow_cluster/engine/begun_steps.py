@@ -19,6 +19,9 @@ class BegunStep:
     num_context_tokens: int = 0
     #: Rows that the draft head computed.
     num_draft_rows: int = 0
+    #: Decoding requests that were left out, as half of all is guessed for meanwhile, and tokens of their prefixes.
+    num_resting: int = 0
+    num_resting_context_tokens: int = 0
     #: Accepted tokens that were foretold of the requests that draft, by their identity.
     foretold: Mapping[int, float] = field(default_factory=dict)
 

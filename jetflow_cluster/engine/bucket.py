@@ -34,11 +34,21 @@ class Bucket:
     has_lookup: bool = False
     #: Scores are calibrated, and trees are cut where they no longer pay.
     has_price: bool = False
+    #: Tokens of one request with a penalty or a bias, and tokens that it may not choose yet; 0 where there are none.
+    num_changed: int = 0
+    num_barred: int = 0
+    #: Logits are read behind the step.
+    keeps_logits: bool = False
 
     @property
     def has_trees(self) -> bool:
         """Some tree may hold more than its root."""
         return self.num_nodes > 1
+
+    @property
+    def has_changes(self) -> bool:
+        """Some request has penalties, biases, or tokens that it may not choose yet."""
+        return self.num_changed > 0 or self.num_barred > 0
 
 
 def input_fields(bucket: Bucket) -> Fields:
@@ -60,6 +70,14 @@ def input_fields(bucket: Bucket) -> Fields:
             "guess_weights": ((requests, MAX_LOOKUP_DEPTH), torch.float64),
             "num_guesses": ((requests,), torch.int32),
             "num_own": ((requests,), torch.int32),
+        }
+    if bucket.has_changes:
+        changed = (requests, bucket.num_changed)
+        fields |= {
+            "changed_bias": (changed, torch.float64),
+            "changed_ids": (changed, torch.int32),
+            "changed_counts": (changed, torch.int32),
+            "barred_ids": ((requests, bucket.num_barred), torch.int32),
         }
     if bucket.has_price:
         fields |= {

@@ -20,6 +20,7 @@ class GivenBudget(ABC):
     keeps_context = True
     reason = "given"
     price_per_s = 0.0
+    has_cohorts = False
     maps: np.ndarray | None = None
 
     @abstractmethod

@@ -70,6 +70,8 @@ class StepShape:
     num_draft_context_tokens: int = 0
     #: Prompt tokens that are computed in the same step.
     num_prompt_rows: int = 0
+    #: The head's pass runs elsewhere beside the target's, and the longer of both counts.
+    is_overlapped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,7 @@ class CostModel:
     def parts(self, shape: StepShape) -> tuple[float, ...]:
         """Seconds by part, in the order of `PARTS`."""
         num_nodes = shape.num_rows - shape.num_requests
-        return (
+        parts = (
             float(self.rows_s(shape.num_requests)),
             self.request_s * shape.num_requests,
             self.context_s * shape.num_context_tokens,
@@ -141,6 +143,11 @@ class CostModel:
             self.drafting_s(shape.num_draft_rows, shape.num_draft_context_tokens),
             self.prompts_s(shape.num_rows, shape.num_prompt_rows),
         )
+        if not shape.is_overlapped:
+            return parts
+        draft = PARTS.index("draft")
+        exposed_s = max(0.0, 2 * parts[draft] - sum(parts))
+        return (*parts[:draft], exposed_s, *parts[draft + 1 :])
 
     def plain_s(self, num_requests: float, num_context_tokens: float) -> float:
         """Seconds of a step in which so many requests decode and nothing is guessed."""
@@ -193,10 +200,13 @@ class CostModel:
     def _price_list(self, shape: StepShape, max_rows: int) -> np.ndarray:
         least, beneath = shape.num_requests, self.prompt_share * shape.num_prompt_rows
         seconds = self.plain_s(least, shape.num_context_tokens)
-        seconds += self.drafting_s(shape.num_draft_rows, shape.num_draft_context_tokens)
+        draft_s = self.drafting_s(shape.num_draft_rows, shape.num_draft_context_tokens)
+        seconds += 0.0 if shape.is_overlapped else draft_s
         ramp = self._whole_rows(max_rows) if not beneath else self._rows_over(beneath, max_rows)
         costs = ramp + (seconds + self.tree_s - ramp[min(least, max_rows)])
         costs[: least + 1] = seconds
+        if shape.is_overlapped:
+            costs = np.maximum(costs, draft_s)
         units = np.maximum(np.rint(costs / COST_UNIT_S), 1.0).astype(np.int64)
         return np.maximum.accumulate(units)
 

@@ -23,9 +23,12 @@ class StepCounters:
     num_drafted_steps: int = 0
     #: Steps in which some request might have speculated, and none did.
     num_skipped_steps: int = 0
+    #: Steps in which some requests were guessed for elsewhere while others were verified.
+    num_overlapped_steps: int = 0
 
     def count(self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None]) -> None:
         """Counts one step."""
+        self.num_overlapped_steps += bool(plan.ahead)
         num_nodes = 0
         for item, tree, path in zip(plan.items, trees, paths, strict=True):
             if item.num_rows > 1 or path is None or tree.num_nodes == 1:

@@ -5,7 +5,8 @@ Drafting m of R requests, d tokens deep and with k nodes each, is expected to gi
     ``(R + sum over the m best of worth * gain[k, d]) / cost(R + m (k - 1) rows, m (d + 1) rows of the head)``
 
 tokens per second; the best of all (m, k, d) is taken and compared with ``R / cost(R)``. Which nodes are then verified
-is decided by the scores and the price (`jetflow_cluster.tree.build`).
+is decided by the scores and the price (`jetflow_cluster.tree.build`). Where drafters are elsewhere and all requests
+draft, two cohorts are weighed too: each of two steps takes the longer of one half's pass and the other half's drafting.
 """
 
 from __future__ import annotations
@@ -74,10 +75,18 @@ class Choice:
     ratio: float
     #: Expected tokens per second.
     tokens_per_s: float
+    #: 2 where one half is to be drafted while the other is verified.
+    num_cohorts: int = 1
 
 
 def choose(
-    cost: CostModel, gains: Gains, worths: np.ndarray, situation: Situation, *, only_all: bool = False
+    cost: CostModel,
+    gains: Gains,
+    worths: np.ndarray,
+    situation: Situation,
+    *,
+    only_all: bool = False,
+    cohort_share: float = 0.0,
 ) -> Choice:
     """The best of all members of the choice.
 
@@ -87,6 +96,7 @@ def choose(
         worths: of the requests that may draft, falling, float64 ``[A]``.
         situation: the rest of the load.
         only_all: weigh drafting for all of them or none.
+        cohort_share: share of what two cohorts promise that counts; 0 where there can be but one.
     """
     num = situation.num_requests
     accepted = gains.accepted
@@ -104,8 +114,17 @@ def choose(
     head_s = cost.drafting_s(counts[:, None] * slots, counts[:, None] * mean_context)[:, None, :]
     rates = (num + gain) / (plain_s + trees_s + head_s)
     rates[counts < len(worths)] /= _PART_MARGIN
+    num_cohorts = 1
+    if cohort_share and num == len(worths) > 1:
+        half_s = cost.plain_s(num / 2, situation.num_context_tokens / 2)
+        half_s = half_s + cost.trees_s(beneath - num / 2, nodes[-1:] / 2)
+        half_head_s = cost.drafting_s(counts[-1:, None] * slots / 2, num / 2 * mean_context)[:, None, :]
+        in_two = cohort_share * (num + gain[-1:]) / (2.0 * np.maximum(half_s, half_head_s))
+        if in_two.max() > rates.max():
+            rates, counts, num_cohorts = in_two, counts[-1:], 2
     m, k, d = np.unravel_index(int(rates.argmax()), rates.shape)
     return Choice(
+        num_cohorts=num_cohorts,
         num_drafted=int(counts[m]),
         num_nodes=int(sizes[k]),
         depth=int(depths[d]),

@@ -15,6 +15,7 @@ from jetflow_cluster.cache.prefix_cache import PrefixCache
 from jetflow_cluster.engine.batch import StepBatch, build_batch
 from jetflow_cluster.engine.counters import StepCounters
 from jetflow_cluster.engine.device_parts import acceptor_for, tree_builder_for
+from jetflow_cluster.engine.guessing import Guessing
 from jetflow_cluster.engine.lookup import ContextLookup
 from jetflow_cluster.engine.protocols import (
     Acceptor,
@@ -82,6 +83,7 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self.num_steps = self.num_finished = self.num_generated_tokens = 0
         self.counters = StepCounters()
+        self._guessing = Guessing()
         self._early: list[RequestDelta] = []
         #: Those whose passes run.
         self._in_flight: frozenset[Request] = frozenset()
@@ -211,15 +213,19 @@ class Engine:
             accepted_by_depth=tuple(self.counters.accepted_by_depth),
             num_drafted_steps=self.counters.num_drafted_steps,
             num_skipped_steps=self.counters.num_skipped_steps,
+            num_overlapped_steps=self.counters.num_overlapped_steps,
             speculation_price=self.scheduler.budget.price_per_s,
             speculation_reason=self.scheduler.budget.reason,
         )
 
     def _draft(self, plan: StepPlan) -> Sequence[CandidateTable | None]:
-        if self.drafter is None or not plan.speculates:
+        if self.drafter is None:
             return [None] * len(plan.items)
-        drafter, lookup = self.drafter, self.lookup
-        tables = drafter.draft(plan) if lookup is None else lookup.draft(plan, drafter)
+        self._guessing.collect()
+        self._note_lost_context()
+        tables = self._guessing.tables(plan, self.drafter, self.lookup)
+        self._note_lost_context()
+        self._guessing.ask_ahead(plan.ahead, self.drafter, self.lookup)
         self._note_lost_context()
         return tables
 

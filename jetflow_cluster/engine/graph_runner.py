@@ -8,7 +8,7 @@ where there is none the same launches are executed instead of replayed.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,17 +21,22 @@ from jetflow_cluster.engine.engine import Engine
 from jetflow_cluster.engine.lookup import ContextLookup
 from jetflow_cluster.engine.prompt_rows import prompt_rows
 from jetflow_cluster.engine.protocols import BudgetPolicy, Compute, ScheduledRequest, StepOutcome, StepPlan
+from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.static_inputs import StaticInputs
 from jetflow_cluster.engine.static_parts import StaticPart, note_guesses
 from jetflow_cluster.engine.static_step import StaticStep
 from jetflow_cluster.engine.target_runner import TargetRunner
+from jetflow_cluster.layers.sampler import token_logprobs
 from jetflow_cluster.layers.sampling_row import has_penalties
+from jetflow_cluster.layers.walk_table import has_filters
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.draft_tree import DraftTree
 
 #: Sizes of buckets; a batch takes the smallest that holds it.
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 NODES = (1, 8, 16, 32, 64, 128, 256, 512)
+CHANGED = (16, 64, 256, 1024, 4096, 16384, 65536)
+BARRED = (4, 16, 64)
 ROWS_PER_BUCKET = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 
 
@@ -154,7 +159,6 @@ class GraphRunner:
         requests = _at_least(REQUESTS, len(parts))
         rows = requests if nodes == 1 else _at_least(ROWS_PER_BUCKET, max(plan.tree_budget, len(parts)))
         params = [part.item.request.params for part in parts]
-        has_filters = any(not p.is_greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0) for p in params)
         wants_taps = self.drafter is not None and any(item.keeps_context for item in plan.items)
         return Bucket(
             num_requests=requests,
@@ -162,11 +166,13 @@ class GraphRunner:
             num_rows=rows,
             num_pages=self._num_pages,
             has_noise=any(not p.is_greedy for p in params),
-            has_filters=has_filters,
+            has_filters=any(has_filters(p) for p in params),
             has_taps=nodes > 1 or wants_taps,
             has_head=any(part.asks_head for part in parts),
             has_lookup=nodes > 1 and any(part.look is not None and part.num_nodes > 1 for part in parts),
             has_price=nodes > 1 and plan.row_costs is not None,
+            keeps_logits=any(p.logprobs is not None for p in params),
+            **_changes(parts),
         )
 
     def _bucket(self, bucket: Bucket, *, is_replayed: bool) -> _Recorded:
@@ -220,6 +226,7 @@ class GraphRunner:
             paths[request.arrival] = AcceptedPath(nodes=nodes[i][: lengths[i]], token_ids=tokens[i][: lengths[i]])
             if not part.is_prompt:
                 self._note_context(part.item, lengths[i], waiting[i])
+        _report_logprobs(step, parts, paths)
         self.on_stage("commit")
         arrivals = [item.request.arrival for item in plan.items]
         roots = [DraftTree.root_only(item.request.token_ids[-1]) for item in plan.items]
@@ -317,6 +324,21 @@ def serve_from_graphs(engine: Engine, *, max_len: int, recorder: Recorder) -> Gr
     return runner
 
 
+def _report_logprobs(step: StaticStep, parts: Sequence[StaticPart], paths: Mapping[int, AcceptedPath]) -> None:
+    """Appends to requests what they asked for of the tokens that were chosen."""
+    if step.logits is None:
+        return
+    counts = step.outputs.host["counts"].tolist()
+    first_row, end_row = 0, step.bucket.num_rows
+    for part, count in zip(parts, counts, strict=False):
+        request, path = part.item.request, paths[part.item.request.arrival]
+        # Ends of prompts have the rows behind those of all trees.
+        rows = [end_row] if part.is_prompt else [first_row + node for node in path.nodes]
+        first_row, end_row = first_row + count, end_row + part.is_prompt
+        if request.params.logprobs is not None:
+            request.logprobs += token_logprobs(step.logits[rows], path.token_ids, request.params.logprobs)
+
+
 def _trees(step: StaticStep, parts: Sequence[StaticPart]) -> dict[int, DraftTree]:
     """The trees of a step, as its outputs have them, by the arrival of requests that decode."""
     if not step.bucket.has_trees:
@@ -336,13 +358,29 @@ def _decodes(item: ScheduledRequest) -> bool:
 
 
 def _is_static(item: ScheduledRequest) -> bool:
-    """Of a request that asks for nothing that the host must compute."""
-    request, params = item.request, item.request.params
+    """Of a request that asks for nothing that the host must compute, and for no more than there is room for."""
     if wants_prompt_logprobs(item):
         return False
-    has_barred = params.min_tokens > request.num_output
-    changes = has_penalties(params) or bool(params.logit_bias) or has_barred
-    return not item.is_last or (params.logprobs is None and not changes)
+    return not item.is_last or (_num_changed(item.request) <= CHANGED[-1] and _num_barred(item.request) <= BARRED[-1])
+
+
+def _num_changed(request: Request) -> int:
+    """Most tokens with a penalty or a bias."""
+    counted = len(request.token_ids) if has_penalties(request.params) else 0
+    return counted + len(request.params.logit_bias)
+
+
+def _num_barred(request: Request) -> int:
+    return len(request.suppressed_ids) if request.params.min_tokens > request.num_output else 0
+
+
+def _changes(parts: Sequence[StaticPart]) -> dict[str, int]:
+    """Room for what is changed and barred; none where nobody asks for either."""
+    requests = [part.item.request for part in parts]
+    changed, barred = max(map(_num_changed, requests)), max(map(_num_barred, requests))
+    if not changed and not barred:
+        return {}
+    return {"num_changed": _at_least(CHANGED, changed), "num_barred": _at_least(BARRED, barred)}
 
 
 def _has_whole_context(item: ScheduledRequest) -> bool:

@@ -105,6 +105,7 @@ class Learning:
             num_draft_rows=step.begun.num_draft_rows,
             num_draft_context_tokens=context if step.begun.num_draft_rows else 0,
             num_prompt_rows=sum(item.num_rows for item in items) - len(decoding),
+            is_overlapped=step.begun.num_resting > 0,
         )
         self._tracker.observe(shape, step.took_s)
 

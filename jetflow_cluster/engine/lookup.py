@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from jetflow_cluster.engine.protocols import Drafter, ScheduledRequest, StepPlan
+from jetflow_cluster.engine.protocols import ScheduledRequest, StepPlan
 from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.lookup import (
     MAX_LOOKUP_DEPTH,
@@ -54,15 +54,21 @@ class ContextLookup:
         self._pause = 0 if any(look is not None and look.is_sure for look in looks) else _PAUSE
         return looks
 
-    def draft(self, plan: StepPlan, drafter: Drafter) -> Sequence[CandidateTable | None]:
-        """The drafter's tables with the lookups' guesses mixed in."""
-        looks = self.look(plan)
-        is_sure = [look is not None and look.is_sure for look in looks]
-        if any(sure and item.uses_head for item, sure in zip(plan.items, is_sure, strict=True)):
-            asked = zip(plan.items, is_sure, strict=True)
-            plan = replace(plan, items=tuple(replace(i, max_tree_nodes=1) if sure else i for i, sure in asked))
-        found = drafter.draft(plan) if plan.speculates else [None] * len(plan.items)
-        return [_mixed(*part) for part in zip(plan.items, found, looks, strict=True)]
+
+def without_sure(plan: StepPlan, looks: Sequence[Look | None]) -> StepPlan:
+    """What is left for the drafter: where a match guesses alone, it is not asked."""
+    is_sure = [look is not None and look.is_sure for look in looks]
+    if not any(sure and item.uses_head for item, sure in zip(plan.items, is_sure, strict=True)):
+        return plan
+    asked = zip(plan.items, is_sure, strict=True)
+    return replace(plan, items=tuple(replace(i, max_tree_nodes=1) if sure else i for i, sure in asked))
+
+
+def mix_looks(
+    items: Sequence[ScheduledRequest], tables: Sequence[CandidateTable | None], looks: Sequence[Look | None]
+) -> list[CandidateTable | None]:
+    """The drafter's tables with the lookups' guesses mixed in."""
+    return [_mixed(*part) for part in zip(items, tables, looks, strict=True)]
 
 
 def _look(item: ScheduledRequest, *, num_steps: int) -> Look | None:

@@ -105,7 +105,10 @@ def graph_item(
     vocab_size = target.config.vocab_size
     # Best scores and tokens of 1024 tokens each, and rows of scores in fp64, twice.
     walk = limits.num_rows * -(-vocab_size // 1024) * 12 + limits.num_requests * vocab_size * 16
-    return MemoryItem(name="graphs", num_bytes=pool + walk, detail="the pool of recorded steps, and their walks")
+    # Where log-probabilities are asked for.
+    kept = limits.num_rows * vocab_size * target.dtype.itemsize
+    detail = "the pool of recorded steps, their walks, and logits that are kept"
+    return MemoryItem(name="graphs", num_bytes=pool + walk + kept, detail=detail)
 
 
 def draft_activation_item(head: DraftHead, ends: TargetEnds, limits: StepLimits, device: torch.device) -> MemoryItem:

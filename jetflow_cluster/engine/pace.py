@@ -107,10 +107,14 @@ class Pace:
             return
         has_trees = num_rows > num_decoding
         kind = StepKind.HEAD if begun.num_draft_rows else StepKind.LOOKUP if has_trees else StepKind.PLAIN
-        plain_s = measured.plain_s(num_decoding, begun.num_context_tokens)
-        self.observe(kind, num_decoding, num_tokens, (took_s - prompts_s) / max(plain_s, _LEAST_S))
+        # Where some rest, a plain step would have served them too: the step is one of several that serve all.
+        num_all = num_decoding + begun.num_resting
+        num_steps = num_all / num_decoding
+        plain_s = measured.plain_s(num_all, begun.num_context_tokens + begun.num_resting_context_tokens)
+        took = num_steps * (took_s - prompts_s) / max(plain_s, _LEAST_S)
+        self.observe(kind, num_all, num_steps * num_tokens, took)
 
-    def observe(self, kind: StepKind, num_decoding: int, num_tokens: int, took: float) -> None:
+    def observe(self, kind: StepKind, num_decoding: int, num_tokens: float, took: float) -> None:
         """Counts one step.
 
         Args:

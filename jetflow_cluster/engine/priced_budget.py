@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -52,6 +53,8 @@ _CONTEXT_STEP = 64
 _LEAST_WIDTH = 7
 #: Rows that a request which only repeats itself adds to those that the trees share.
 _LOOKUP_SHARE = 4
+#: Share of what two cohorts promise that counts before they begin.
+_COHORT_SHARE = 0.95
 #: Worth of a token of each latency class, as a bias of scores: the price of an interactive request's nodes is halved.
 LATENCY_BIAS = {
     LatencyClass.INTERACTIVE: round(math.log(2.0) * SCORE_UNIT),
@@ -70,6 +73,7 @@ class PricedBudget:
         needs_context: whether the drafter reads hidden vectors.
         num_block_slots: slots of the head's block, where it cannot be cut shorter.
         has_lookup: whether requests' own texts are looked at too.
+        may_overlap: whether the drafter can guess while the target verifies.
     """
 
     def __init__(
@@ -81,12 +85,14 @@ class PricedBudget:
         needs_context: bool = True,
         num_block_slots: int | None = None,
         has_lookup: bool = False,
+        may_overlap: bool = False,
     ):
         self.learning = Learning(cost, value or ValueModel())
         self.reason = "idle"
         self.price_per_s = 0.0
         self.keeps_context = True
-        self.is_on = False
+        self.is_on = self.has_cohorts = False
+        self.may_overlap = may_overlap
         self.gains = gains
         self._needs_context, self._num_block_slots, self._has_lookup = needs_context, num_block_slots, has_lookup
         self._choice: Choice | None = None
@@ -97,9 +103,9 @@ class PricedBudget:
         #: Decoding requests at the last decision, and the latest arrival among them.
         self._num_decided, self._newest_decided = 0, -1
         self._num_steps = self._num_decisions = 0
-        #: What was allowed to these requests, by arrival, with so many nodes for each; it holds until something is
-        #: learned or decided. And the step in which something was.
-        self._allowed: tuple[list[int], int, list[Allowance]] | None = None
+        #: To whom, of how many and with how many nodes each, and what was allowed; it holds until something is learned
+        #: or decided. And the step in which something was.
+        self._allowed: tuple[tuple[list[int], int, int], list[Allowance]] | None = None
         self._allowed_at = 0
         #: Plain steps were asked for since something was learned.
         self._is_timing = False
@@ -122,6 +128,9 @@ class PricedBudget:
     def allow(self, load: DecodeLoad) -> list[Allowance]:
         """See `BudgetPolicy`."""
         self._num_steps += 1
+        allowed_to = [request.arrival for request in load.requests], load.fair_nodes, load.num_decoding
+        if self._allowed is not None and self._allowed[0] == allowed_to and self._num_steps % _LOOK_EVERY:
+            return self._allowed[1]
         fell = (1.0 - _NEWS) * self._num_decided
         newest = load.requests[-1].arrival if load.requests else -1
         # Where nothing is drafted, only a load that falls is news, and who comes where guesses were the reason.
@@ -137,10 +146,6 @@ class PricedBudget:
             self._is_timing, self._allowed = True, None
             self._drafting, self._probing = {}, set()
             return [Allowance(uses_head=False)] * len(load.requests)
-        arrivals = [request.arrival for request in load.requests]
-        fair_nodes = min(load.fair_nodes, _MOST_NODES)
-        if self._allowed is not None and self._allowed[:2] == (arrivals, fair_nodes):
-            return self._allowed[2]
         self._probing = set()
         self._drafting = self._chosen(load)
         may_look = self._has_lookup and load.fair_nodes >= _LOOKUP_SHARE
@@ -149,7 +154,7 @@ class PricedBudget:
         found = [self._allowance(request, load, rests, may_look=may_look) for request in load.requests]
         # A probe counts its steps, and contexts may become ready.
         is_settled = not self._probing and (not self.is_on or len(self._drafting) == self._num_wanted(load))
-        self._allowed = (arrivals, fair_nodes, found) if is_settled else None
+        self._allowed = (allowed_to, found) if is_settled else None
         self._allowed_at = self._num_steps
         return found
 
@@ -196,6 +201,8 @@ class PricedBudget:
             items=items,
             num_context_tokens=sum(item.request.num_computed for item in decoding),
             num_draft_rows=self._draft_rows(asked),
+            num_resting=len(plan.resting),
+            num_resting_context_tokens=sum(request.num_computed for request in plan.resting),
             foretold=self._drafting,
         )
         self._begun.note(begun)
@@ -212,12 +219,13 @@ class PricedBudget:
             num_draft_rows=num_draft_rows,
             num_draft_context_tokens=context if num_draft_rows else 0,
             num_prompt_rows=sum(i.budget_share if i.is_forced else i.num_rows for i in items if not i.is_priced),
+            is_overlapped=bool(plan.resting),
         )
         most = min(
             max(plan.tree_budget, sum(item.budget_share for item in priced)),
             sum(item.max_tree_nodes for item in priced),
         )
-        return StepPlan(items=items, tree_budget=plan.tree_budget, row_costs=self.cost.row_costs(shape, most))
+        return replace(plan, row_costs=self.cost.row_costs(shape, most))
 
     def _draft_rows(self, asked: Sequence[ScheduledRequest]) -> int:
         """Rows of the head where it guesses for these."""
@@ -244,6 +252,7 @@ class PricedBudget:
         # What is timed counts for more than what is foretold.
         is_wanted = is_wanted or (self.is_on and pace.is_ahead(StepKind.HEAD, load.num_decoding))
         self.is_on = is_wanted and pace.allows(StepKind.HEAD, load.num_decoding)
+        self.has_cohorts = self.is_on and now.num_cohorts == 2
         self._choice = now
         if is_wanted and not self.is_on:
             self.keeps_context = False
@@ -279,7 +288,15 @@ class PricedBudget:
         only_all: bool = False,
     ) -> Choice:
         worths = np.array([self._worth(request, gains, is_hope=is_hope) for request in requests])
-        return choose(self.cost, gains, np.sort(worths)[::-1], self._situation(load), only_all=only_all)
+        share = 0.0 if not self.may_overlap else 1.0 if self.has_cohorts else _COHORT_SHARE
+        return choose(
+            self.cost,
+            gains,
+            np.sort(worths)[::-1],
+            self._situation(load),
+            only_all=only_all,
+            cohort_share=share,
+        )
 
     def _situation(self, load: DecodeLoad) -> Situation:
         return Situation(

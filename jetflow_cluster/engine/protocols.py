@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -84,6 +84,10 @@ class StepPlan:
     #: int64: what the step costs with n rows in the trees that are priced, those of decoding requests which do not
     #: force speculation; None is no price. See `jetflow_cluster.tree.build.build_trees`.
     row_costs: np.ndarray | None = None
+    #: Decoding requests that are left out of this step, as half of them is guessed for while the others are verified.
+    resting: tuple[Request, ...] = ()
+    #: The next step's part of those that are guessed for.
+    ahead: tuple[ScheduledRequest, ...] = ()
 
     @property
     def speculates(self) -> bool:
@@ -164,6 +168,17 @@ class Drafter(Protocol):
         """One table per item of the plan; None is no guess."""
 
 
+@runtime_checkable
+class AheadDrafter(Drafter, Protocol):
+    """A drafter elsewhere, which guesses while this process does other work. One plan at a time is asked about."""
+
+    def ask(self, plan: StepPlan) -> None:
+        """Begins what `draft` does."""
+
+    def answer(self) -> list[CandidateTable | None]:
+        """Ends it; for each item of the plan that was asked about."""
+
+
 #: Makes one tree per item from the drafter's tables.
 TreeBuilder = Callable[[StepPlan, Sequence["CandidateTable | None"]], list[DraftTree]]
 
@@ -210,6 +225,9 @@ class BudgetPolicy(Protocol):
     reason: str
     #: Expected tokens per second below which a node is left out; 0 where there is no price.
     price_per_s: float
+    #: Whether half of the requests that draft shall be guessed for while the others are verified. Only where drafters
+    #: are elsewhere: see `AheadDrafter`.
+    has_cohorts: bool
 
     @property
     def maps(self) -> np.ndarray | None:

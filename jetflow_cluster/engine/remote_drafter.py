@@ -57,6 +57,9 @@ class RemoteDrafter:
         self._fuser, self._listener, self.config = fuser, listener, config
         self._page_size, self._device = page_size, device
         self._links: list[WorkerLink] = []
+        #: Whom the last plan was divided among, with their items' places, and how many items it had.
+        self._asked: list[tuple[WorkerLink, list[int]]] = []
+        self._num_asked = 0
 
     @property
     def num_workers(self) -> int:
@@ -69,7 +72,9 @@ class RemoteDrafter:
 
     def absorb(self, requests: Sequence[Request]) -> None:
         """See `Drafter.absorb`; without workers the vectors go on waiting."""
-        self.admit()
+        if not self._asked:
+            # A newcomer is given the context of a sibling, which has another question to answer first.
+            self.admit()
         if not self._links:
             return
         rows = take_pending(requests)
@@ -79,27 +84,41 @@ class RemoteDrafter:
 
     def draft(self, plan: StepPlan) -> list[CandidateTable | None]:
         """See `Drafter.draft`; requests whose worker is lost get none."""
+        self.ask(plan)
+        return self.answer()
+
+    def ask(self, plan: StepPlan) -> None:
+        """See `AheadDrafter.ask`."""
+        assert not self._asked, "the last question was not answered"
+        self._num_asked = len(plan.items)
         chosen = [i for i, item in enumerate(plan.items) if item.asks_head]
-        found: list[CandidateTable | None] = [None] * len(plan.items)
         self.absorb([plan.items[i].request for i in chosen])
         # A request that came while no worker was there may still have nothing absorbed.
         chosen = [i for i in chosen if not plan.items[i].request.pending_fused]
         if not chosen or not self._links:
-            return found
-        parts = [chosen[i :: len(self._links)] for i in range(len(self._links))]
-        asked = [(link, part) for link, part in zip(self._links, parts, strict=True) if part]
-        part_of = {id(link): part for link, part in asked}
-        deadline = time.monotonic() + self.deadline_s
+            return
+        links = list(self._links)
+        part_of = {id(link): chosen[i :: len(links)] for i, link in enumerate(links)}
 
         def ask(link: WorkerLink) -> None:
             link.send(DraftJob(guess=self._guess([plan.items[i] for i in part_of[id(link)]])))
+
+        alive = self._each([link for link in links if part_of[id(link)]], ask)
+        self._asked = [(link, part_of[id(link)]) for link in alive]
+
+    def answer(self) -> list[CandidateTable | None]:
+        """See `AheadDrafter.answer`."""
+        asked, self._asked = self._asked, []
+        found: list[CandidateTable | None] = [None] * self._num_asked
+        deadline = time.monotonic() + self.deadline_s
+        part_of = {id(link): part for link, part in asked}
 
         def answer(link: WorkerLink) -> None:
             for i, table in zip(part_of[id(link)], tables_of(link.receive(deadline)), strict=True):
                 found[i] = table
 
-        alive = self._each([link for link, _ in asked], ask)
-        self._each(alive, answer)
+        # One may have been given up meanwhile.
+        self._each([link for link, _ in asked if link in self._links], answer)
         return found
 
     def _guess(self, items: Sequence[ScheduledRequest]) -> Guess:

@@ -37,6 +37,16 @@ class _Ahead:
         return self.budget is budget and all(one is not None and one.budget_share <= fair_nodes for one in known)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Cohorts:
+    """The decoding requests of a step, in two parts where half of those that draft is guessed for meanwhile."""
+
+    present: Sequence[Request]
+    resting: Sequence[Request] = ()
+    #: Those of `resting` whose turn is next.
+    following: Sequence[Request] = ()
+
+
 class Scheduler:
     """Queues of waiting and running requests over one page pool."""
 
@@ -66,6 +76,11 @@ class Scheduler:
         self._num_scratch_rows = num_scratch_rows
         self._needs_draft_context = needs_draft_context
         self._ahead: _Ahead | None = None
+        #: Decodes of the next step that are guessed for in the present one, by arrival.
+        self._asked: dict[int, ScheduledRequest] = {}
+        #: Arrivals of those whose turn is next, and of those that decoded in the last step.
+        self._due: frozenset[int] = frozenset()
+        self._decoded: frozenset[int] = frozenset()
 
     def add(self, request: Request) -> None:
         """Appends to the waiting queue."""
@@ -79,10 +94,12 @@ class Scheduler:
         ahead, self._ahead = self._ahead, None
         if ahead is None or not ahead.serves(decoding, self.budget, fair_nodes):
             ahead = _Ahead(budget=self.budget, allowances=self._allowances(decoding, fair_nodes), items={})
-        for request in decoding:
+        asked = {i: item for i, item in self._asked.items() if i in ahead.allowances and _drafts(ahead.allowances[i])}
+        cohorts = self._cohorts(decoding, ahead.allowances)
+        for request in cohorts.present:
             if request.status is not RequestStatus.RUNNING:
                 continue
-            item = ahead.items.get(request.arrival)
+            item = asked.get(request.arrival) or ahead.items.get(request.arrival)
             if item is not None and item.max_depth < request.room:
                 items[request.arrival] = item
             else:
@@ -97,7 +114,47 @@ class Scheduler:
                 break
             rows_left -= self._schedule_chunk(request, rows_left, items)
         ordered = sorted(items.values(), key=lambda item: item.request.arrival)
-        return StepPlan(items=tuple(ordered), tree_budget=sum(i.budget_share for i in ordered))
+        self._decoded = frozenset(request.arrival for request in cohorts.present)
+        self._due = frozenset(request.arrival for request in cohorts.following)
+        self._asked = self._items_ahead(cohorts.following, ahead.allowances)
+        return StepPlan(
+            items=tuple(ordered),
+            tree_budget=sum(i.budget_share for i in ordered),
+            resting=tuple(r for r in cohorts.resting if r.status is RequestStatus.RUNNING),
+            ahead=tuple(self._asked.values()),
+        )
+
+    def _cohorts(self, decoding: Sequence[Request], allowances: Mapping[int, Allowance]) -> _Cohorts:
+        """Who decodes in this step: all, or whose turn it is and who does not draft."""
+        if not self.budget.has_cohorts:
+            return _Cohorts(present=decoding)
+        drafting = [r for r in decoding if _drafts(allowances[r.arrival]) and r.has_draft_context]
+        half = (len(drafting) + 1) // 2
+        turn = {r.arrival for r in drafting if r.arrival in self._due} or {r.arrival for r in drafting[:half]}
+        resting = [r for r in drafting if r.arrival not in turn]
+        rests = {r.arrival for r in resting}
+        return _Cohorts(
+            present=[r for r in decoding if r.arrival not in rests],
+            resting=resting,
+            following=sorted(resting, key=lambda r: r.arrival in self._decoded)[:half],
+        )
+
+    def _items_ahead(
+        self, following: Sequence[Request], allowances: Mapping[int, Allowance]
+    ) -> dict[int, ScheduledRequest]:
+        """The next step's part of requests that rest in this one, by arrival. Nobody is preempted for it: for who gets
+        no pages nothing is guessed before its turn comes."""
+        items: dict[int, ScheduledRequest] = {}
+        for request in following:
+            if request.status is not RequestStatus.RUNNING:
+                continue
+            item = self._decode(request, allowances[request.arrival])
+            num_tokens = request.num_computed + self._num_rows_written(item)
+            # As for newcomers, one page of slack for each running request.
+            if request.pages.num_missing(num_tokens) + len(self.running) <= self.pool.num_available:
+                request.pages.ensure(num_tokens)
+                items[request.arrival] = item
+        return items
 
     def prepare(self, plan: StepPlan) -> None:
         """Decides on the decodes of the step behind `plan`, whose outcome is not known yet, as far as that can be.
@@ -287,3 +344,7 @@ class Scheduler:
         if request.num_preemptions == 0:
             request.usage.cached_tokens = min(request.num_computed, len(request.prompt_token_ids))
         return True
+
+
+def _drafts(allowance: Allowance) -> bool:
+    return allowance.max_tree_nodes > 1 and allowance.uses_head

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from jetflow_cluster.engine.device_acceptance import walk_sampling
 from jetflow_cluster.engine.protocols import StepPlan
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.static_parts import StaticPart, write_guesses
 from jetflow_cluster.engine.static_step import StaticStep
+from jetflow_cluster.layers.walk_table import changed_tokens, walk_factors
 from jetflow_cluster.tree.noise import as_signed
 
 #: Inputs with an entry per request in every bucket.
@@ -64,6 +65,8 @@ class StaticInputs:
             for part in parts
         ]
         host["budget"][0] = budget
+        if bucket.has_changes:
+            self._write_changes(requests)
         if bucket.has_lookup:
             write_guesses(host, parts, head_depth)
         if bucket.has_price:
@@ -84,8 +87,7 @@ class StaticInputs:
             table[row, :count] = self._scratch_page
             count, params = 0, request.params
             self._host["numbers"][row] = (as_signed(request.seed), 0, params.top_k, 0, 0)
-            log_min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
-            self._host["factors"][row] = (params.temperature, params.top_p, log_min_p, 1.0, 0.0, 0.0)
+            self._host["factors"][row] = walk_factors(params)
         if len(pages) > count:
             table[row, count : len(pages)] = pages[count:]
         self._held[row] = (request.arrival, request.num_preemptions, len(pages))
@@ -94,6 +96,19 @@ class StaticInputs:
         for name in _COLUMNS:
             self._host[name][row] = self._scratch_page if name == "page_table" else 0
         self._held[row] = _NOBODY
+
+    def _write_changes(self, requests: Sequence[Request]) -> None:
+        """Penalties, biases, and tokens that may not be chosen yet, which change with every token."""
+        host = self._host
+        for row, request in enumerate(requests):
+            walk = walk_sampling(request)
+            ids, counts, bias = changed_tokens(walk, self._step.target.model.config.vocab_size)
+            num, barred = len(ids), list(walk.barred_ids)
+            host["numbers"][row, 3:] = (walk.num_barred, num)
+            for name, values in (("ids", ids), ("counts", counts), ("bias", bias)):
+                host[f"changed_{name}"][row, :num] = values.numpy()
+            host["barred_ids"][row, : len(barred)] = barred
+            host["barred_ids"][row, len(barred) :] = -1
 
     def _write_price(self, plan: StepPlan, requests: Sequence[Request], maps: np.ndarray | None) -> None:
         host, costs = self._host, plan.row_costs

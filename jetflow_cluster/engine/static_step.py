@@ -35,9 +35,9 @@ class StaticStep:
     Inputs by name: ``anchor_ids``, the last committed tokens; ``context_lens``, tokens in the cache (0 for requests
     that are not there); ``limits`` and ``budget``, as `TreeLimits` has them, where most nodes are 0 for such requests;
     ``has_context``, 1 for requests whose draft context is to be kept; ``page_table``, the scratch page where there is
-    no page; ``numbers`` and ``factors``, as `SamplingTable` has them. Guesses from requests' own texts as
-    `mix_on_device` takes them; ``maps`` and ``kinds`` as `calibrate_on_device` does; ``row_costs``, as `TreeLimits` has
-    them.
+    no page; ``numbers``, ``factors`` and what is changed and barred, as `SamplingTable` has them. Guesses from
+    requests' own texts as `mix_on_device` takes them; ``maps`` and ``kinds`` as `calibrate_on_device` does;
+    ``row_costs``, as `TreeLimits` has them.
 
     Outputs by name: ``nodes``, ``token_ids`` and ``lengths``, as `WalkBuffers` has them; ``counts``, the trees' nodes;
     ``num_shared``, as `shared_on_device` gives it;
@@ -62,6 +62,11 @@ class StaticStep:
         self.fused = drafter.empty_fused(bucket.num_requests if not bucket.has_trees else 0) if drafter else None
         #: As the last step left them.
         self.trees = self._tree_buffers()
+        #: Of the last step's rows, then of its prompts' ends, where they are kept.
+        self.logits: torch.Tensor | None = None
+        if bucket.keeps_logits:
+            shape = (bucket.num_rows + bucket.num_requests, self._vocab_size)
+            self.logits = torch.empty(shape, dtype=target.model.dtype, device=target.device)
         self._prepare_rows()
         self._prepare_walk()
         self._no_candidates = self._blank_candidates()
@@ -125,12 +130,12 @@ class StaticStep:
             # Ends of prompts choose as well.
             num_rows=bucket.num_rows + bucket.num_requests,
             vocab_size=self._vocab_size,
-            is_processed=bucket.has_filters,
+            is_processed=bucket.has_filters or bucket.has_changes,
             device=device,
         )
         read = {name: self.outputs.device[name] for name in ("nodes", "token_ids", "lengths")}
         self._walk = WalkBuffers(**vars(walk) | read)
-        self._table = self._sampling_table() if bucket.has_noise else None
+        self._table = self._sampling_table() if bucket.has_noise or bucket.has_changes else None
         slots = (bucket.num_requests, self._num_levels)
         self._source_slots, self._target_slots = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2)
@@ -146,6 +151,8 @@ class StaticStep:
         with torch.inference_mode():
             self._build(self._draft())
             logits, taps = self._verify(prompts)
+            if self.logits is not None:
+                self.logits[: logits.shape[0]].copy_(logits)
             self._accept(logits, prompts)
             self._commit(taps)
         return None if taps is None or prompts is None else taps[self.bucket.num_rows :]
@@ -156,11 +163,11 @@ class StaticStep:
             num_requests=requests,
             num_changed=0,
             num_barred=0,
-            has_changes=False,
+            has_changes=self.bucket.has_changes,
             has_filters=self.bucket.has_filters,
             device=self.target.device,
         )
-        return SamplingTable(**vars(table) | {"numbers": inputs["numbers"], "factors": inputs["factors"]})
+        return SamplingTable(**vars(table) | {name: inputs[name] for name in vars(table) if name in inputs})
 
     def _prepare_blocks(self) -> None:
         """Tensors of the head's input that never change, or are written in place."""

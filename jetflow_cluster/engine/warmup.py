@@ -17,7 +17,7 @@ from jetflow_cluster.engine.cost_store import CostStore
 from jetflow_cluster.engine.draft_choice import NODES, Gains
 from jetflow_cluster.engine.engine import Engine
 from jetflow_cluster.engine.priced_budget import PricedBudget
-from jetflow_cluster.engine.protocols import Allowance, BudgetPolicy, DecodeLoad, StepRecord
+from jetflow_cluster.engine.protocols import AheadDrafter, Allowance, BudgetPolicy, DecodeLoad, StepRecord
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.types import SamplingParams, SpeculationMode, SpeculationOptions
 
@@ -279,6 +279,7 @@ def warm_up(
         needs_context=bool(drafter is not None and drafter.tap_layer_ids),
         num_block_slots=drafter.num_block_slots if drafter is not None else None,
         has_lookup=lookup is not None,
+        may_overlap=isinstance(drafter, AheadDrafter),
     )
     _log.info("accepted tokens of a tree of %s nodes: %s", NODES, [round(g, 2) for g in greedy[:, -1].tolist()])
     return budget

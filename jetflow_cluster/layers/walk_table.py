@@ -41,23 +41,20 @@ def sampling_table(requests: Sequence[WalkSampling], *, vocab_size: int, device:
     """
     if all(is_plain_greedy(r.params) and not (r.num_barred and r.barred_ids) for r in requests):
         return None
-    changed = [_changed_tokens(r, vocab_size) for r in requests]
+    changed = [changed_tokens(r, vocab_size) for r in requests]
     table = SamplingTable.allocate(
         num_requests=len(requests),
         num_changed=max(len(ids) for ids, _, _ in changed),
         num_barred=max(len(r.barred_ids) for r in requests),
-        has_changes=any(r.params.logit_bias or r.num_barred or has_penalties(r.params) for r in requests),
-        has_filters=any(_has_filters(r.params) for r in requests),
+        has_changes=any(has_changes(r.params) or r.num_barred for r in requests),
+        has_filters=any(has_filters(r.params) for r in requests),
         device=torch.device("cpu"),
     )
     for i, (r, (ids, counts, bias)) in enumerate(zip(requests, changed, strict=True)):
         params = r.params
         numbers = (as_signed(r.seed), r.position, params.top_k, r.num_barred, len(ids))
-        log_min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
-        factors = (params.temperature, params.top_p, log_min_p)
-        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
         table.numbers[i] = torch.tensor(numbers)
-        table.factors[i] = torch.tensor((*factors, *penalties), dtype=torch.float64)
+        table.factors[i] = torch.tensor(walk_factors(params), dtype=torch.float64)
         table.changed_ids[i, : len(ids)] = ids
         table.changed_counts[i, : len(ids)] = counts
         table.changed_bias[i, : len(ids)] = bias
@@ -65,11 +62,24 @@ def sampling_table(requests: Sequence[WalkSampling], *, vocab_size: int, device:
     return table.to(device)
 
 
-def _has_filters(params: SamplingParams) -> bool:
+def walk_factors(params: SamplingParams) -> tuple[float, ...]:
+    """A row of `SamplingTable.factors`."""
+    log_min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
+    penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+    return (params.temperature, params.top_p, log_min_p, *penalties)
+
+
+def has_filters(params: SamplingParams) -> bool:
+    """True where some tokens are left out before one is drawn."""
     return not params.is_greedy and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
 
 
-def _changed_tokens(request: WalkSampling, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def has_changes(params: SamplingParams) -> bool:
+    """True where scores of single tokens are changed."""
+    return bool(params.logit_bias) or has_penalties(params)
+
+
+def changed_tokens(request: WalkSampling, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Distinct tokens, their occurrences (-1 for none that counts) and their biases."""
     ids, counts = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
     if has_penalties(request.params):

@@ -134,3 +134,17 @@ def test_all_that_may_draft_are_no_part_of_those_that_decode() -> None:
     num_nodes, gain = found.num_nodes, GAINS.accepted[NODES.index(found.num_nodes), found.depth - 1]
     seconds = COST.plain_s(3, 100) + COST.trees_s(3, num_nodes - 1) + COST.drafting_s(found.depth + 1)
     assert found.tokens_per_s == pytest.approx((3 + gain) / seconds)
+
+
+def test_what_is_known_of_a_request_at_rest_ages_by_every_step() -> None:
+    """Also by those for which its allowance was kept."""
+    dear = CostModel(row_knots=(1, 512), row_s=(10e-3, 10.0), draft_knots=(8, 512), draft_s=(1.0, 2.0))
+    budget = PricedBudget(dear, GAINS)
+    resting = load(2)
+    for one in resting.requests:
+        one.worth.accepted, one.worth.promised = 3.0, 8.0
+    for _ in range(32):
+        assert budget.allow(resting)[0].max_tree_nodes == 1
+    for one in resting.requests:
+        assert one.worth.promised == pytest.approx(8.0 * 0.995**32)
+        assert one.worth.accepted == pytest.approx(3.0 * 0.995**32)

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import secrets
-import socket
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
-from jetflow_cluster.config import EngineConfig
-from jetflow_cluster.engine.draft_link import DraftWorker, LinkListener
-from jetflow_cluster.engine.loading import load_draft_fuser, load_draft_worker
-from jetflow_cluster.engine.remote_drafter import RemoteDrafter
-from jetflow_cluster.models.registry import TargetModel
+from jetflow_cluster.engine.draft_link import DraftWorker
+from jetflow_cluster.engine.loading import load_draft_worker
 from jetflow_cluster.types import RequestOutput
-from support.small_models import write_head, write_target
+from support.draft_workers import PAGE, PAGES, SECRET, RemoteHeads, kill, wait_for
 
-PAGES, PAGE = 64, 16
-SECRET = secrets.token_bytes(16)
 PROMPTS = [[1, 2, 3], list(range(40, 75)), [7] * 20, [200], list(range(100, 163))]
 PARAMS = [
     SamplingParams(
@@ -38,59 +26,7 @@ PARAMS = [
 ]
 
 
-@dataclass
-class Setup:
-    """A target whose draft heads are elsewhere, and the workers by name."""
-
-    config: EngineConfig
-    listener: LinkListener
-    deadline_s: float = 20.0
-    drafters: list[RemoteDrafter] = field(default_factory=list)
-
-    def llm(self) -> LLM:
-        def make(target: TargetModel, num_pages: int, page_size: int) -> RemoteDrafter:
-            assert num_pages == PAGES
-            fuser = load_draft_fuser(self.config, target)
-            self.drafters.append(
-                RemoteDrafter(
-                    fuser, self.listener, page_size=page_size, device=target.device, deadline_s=self.deadline_s
-                )
-            )
-            return self.drafters[-1]
-
-        # Every guess comes from the workers.
-        return LLM(
-            self.config.model,
-            None,
-            dtype=self.config.dtype,
-            num_pages=PAGES,
-            tree_nodes={1: 16},
-            context_lookup=False,
-            drafter_factory=make,
-        )
-
-    def start_worker(self, name: str) -> DraftWorker:
-        drafter = load_draft_worker(self.config, num_pages=PAGES)
-        worker = DraftWorker(drafter, page_size=PAGE, name=name, described={"num_pages": PAGES})
-        worker.connect(self.listener.address, SECRET)
-        threading.Thread(target=worker.run, daemon=True).start()
-        return worker
-
-
-@pytest.fixture
-def setup(tmp_path: Path) -> Iterator[Setup]:
-    target, head = tmp_path / "target", tmp_path / "head"
-    target.mkdir()
-    head.mkdir()
-    write_target(target, seed=3, num_layers=4)
-    write_head(head, target, seed=4)
-    config = EngineConfig(model=str(target), draft_head=str(head), dtype="float64", num_pages=PAGES, page_size=PAGE)
-    listener = LinkListener("127.0.0.1", 0, SECRET, {"num_pages": PAGES})
-    yield Setup(config, listener)
-    listener.close()
-
-
-def local(setup: Setup) -> list[RequestOutput]:
+def local(setup: RemoteHeads) -> list[RequestOutput]:
     config = setup.config
     llm = LLM(
         config.model,
@@ -104,29 +40,12 @@ def local(setup: Setup) -> list[RequestOutput]:
     return llm.generate(PROMPTS, PARAMS)
 
 
-def kill(worker: DraftWorker) -> None:
-    """Ends the connection under the worker, as the death of its process would."""
-    assert worker._connection is not None
-    with socket.socket(fileno=os.dup(worker._connection.fileno())) as end:
-        end.shutdown(socket.SHUT_RDWR)
-
-
-def wait_for(setup: Setup, num: int) -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        setup.drafters[-1].admit()
-        if setup.drafters[-1].num_workers == num:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{setup.drafters[-1].num_workers} workers, not {num}")
-
-
 @pytest.mark.parametrize(
     ("num_workers", "dtype", "draft_dtype"),
     # With the draft dtype "auto" a head beside a fp32 target is bf16 where the CPU has that.
     [(1, "float64", "auto"), (2, "float64", "auto"), (2, "float32", "auto"), (1, "float32", "bfloat16")],
 )
-def test_workers_guess_as_a_local_head_does(setup: Setup, num_workers: int, dtype: str, draft_dtype: str) -> None:
+def test_workers_guess_as_a_local_head_does(setup: RemoteHeads, num_workers: int, dtype: str, draft_dtype: str) -> None:
     setup.config = dataclasses.replace(setup.config, dtype=dtype, draft_dtype=draft_dtype)
     expected = local(setup)
     llm = setup.llm()
@@ -139,14 +58,14 @@ def test_workers_guess_as_a_local_head_does(setup: Setup, num_workers: int, dtyp
     assert sum(o.speculation.num_draft_nodes for o in found) > 0
 
 
-def test_without_workers_nothing_is_speculated_and_nothing_fails(setup: Setup) -> None:
+def test_without_workers_nothing_is_speculated_and_nothing_fails(setup: RemoteHeads) -> None:
     expected = local(setup)
     found = setup.llm().generate(PROMPTS, PARAMS)
     assert [o.token_ids for o in found] == [o.token_ids for o in expected]
     assert sum(o.speculation.num_draft_nodes for o in found) == 0
 
 
-def test_a_lost_worker_costs_no_token_and_a_sibling_goes_on(setup: Setup) -> None:
+def test_a_lost_worker_costs_no_token_and_a_sibling_goes_on(setup: RemoteHeads) -> None:
     expected = local(setup)
     llm = setup.llm()
     workers = [setup.start_worker(f"w{i}") for i in range(2)]
@@ -166,7 +85,7 @@ def test_a_lost_worker_costs_no_token_and_a_sibling_goes_on(setup: Setup) -> Non
     assert setup.drafters[-1].epoch == 0
 
 
-def test_when_the_last_worker_goes_requests_draft_no_more_and_new_ones_use_the_next(setup: Setup) -> None:
+def test_when_the_last_worker_goes_requests_draft_no_more_and_new_ones_use_the_next(setup: RemoteHeads) -> None:
     expected = local(setup)
     llm = setup.llm()
     worker = setup.start_worker("first")
@@ -191,7 +110,7 @@ def test_when_the_last_worker_goes_requests_draft_no_more_and_new_ones_use_the_n
     assert sum(o.speculation.num_draft_nodes for o in again) > 0
 
 
-def test_a_worker_that_does_not_answer_is_given_up_at_the_deadline(setup: Setup) -> None:
+def test_a_worker_that_does_not_answer_is_given_up_at_the_deadline(setup: RemoteHeads) -> None:
     expected = local(setup)
     setup.deadline_s = 0.3
     llm = setup.llm()
@@ -205,7 +124,7 @@ def test_a_worker_that_does_not_answer_is_given_up_at_the_deadline(setup: Setup)
     assert time.monotonic() - started < 30
 
 
-def test_a_newcomer_guesses_from_the_context_of_a_sibling(setup: Setup) -> None:
+def test_a_newcomer_guesses_from_the_context_of_a_sibling(setup: RemoteHeads) -> None:
     expected = local(setup)
     llm = setup.llm()
     setup.start_worker("first")
@@ -223,7 +142,7 @@ def test_a_newcomer_guesses_from_the_context_of_a_sibling(setup: Setup) -> None:
     assert [o.speculation for o in found] == [o.speculation for o in expected]
 
 
-def test_a_worker_of_another_geometry_is_sent_away(setup: Setup) -> None:
+def test_a_worker_of_another_geometry_is_sent_away(setup: RemoteHeads) -> None:
     drafter = load_draft_worker(setup.config, num_pages=PAGES)
     worker = DraftWorker(drafter, page_size=PAGE, name="stranger", described={"num_pages": 7})
     with pytest.raises(ValueError, match="num_pages"):

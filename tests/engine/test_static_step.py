@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from jetflow_cluster.tree import device_tables
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.draft_tree import DraftTree
-from jetflow_cluster.types import SpeculationMode
+from jetflow_cluster.types import RequestOutput, SpeculationMode
 from support.static_engines import make_static
 
 PAGE_SIZE = 5
@@ -59,31 +60,47 @@ def static(tiny_target_dir: Path, tiny_head_dir: Path) -> tuple[LLM, GraphRunner
     return llm, make_static(llm)
 
 
-def options_of(rng: random.Random, *, sampled: bool, filters: bool) -> SamplingParams:
+def options_of(rng: random.Random, *, sampled: bool, filters: bool, changes: bool) -> SamplingParams:
     mode = rng.choice([SpeculationMode.AUTO, SpeculationMode.FORCE, SpeculationMode.OFF, SpeculationMode.FORCE])
     nodes = rng.choice([2, 5, 9, 20]) if mode is SpeculationMode.FORCE else None
     return SamplingParams(
-        max_tokens=rng.randint(1, 24),
+        max_tokens=rng.randint(4 if changes else 1, 24),
         temperature=rng.choice([0.6, 1.0, 1.4]) if sampled else 0.0,
         seed=rng.randrange(2**64),
         top_k=rng.choice([0, 5, 40]) if filters else 0,
         top_p=rng.choice([1.0, 0.8]) if filters else 1.0,
         min_p=rng.choice([0.0, 0.1]) if filters else 0.0,
+        **(changes_of(rng) if changes else {}),
         speculation=SpeculationOptions(mode=mode, max_tree_nodes=nodes),
     )
+
+
+def changes_of(rng: random.Random) -> dict[str, Any]:
+    """Penalties, biases, tokens that may not be chosen yet, and reported log-probabilities; each of them or not."""
+    stop = rng.randrange(256)
+    return {
+        "repetition_penalty": rng.choice([1.0, 1.3]),
+        "presence_penalty": rng.choice([0.0, 0.7]),
+        "frequency_penalty": rng.choice([0.0, 0.4]),
+        "logit_bias": rng.choice([{}, {stop: 8.0}, {stop: 8.0, 3: 1.5, 17: -100.0}]),
+        "stop_token_ids": rng.choice([(), (stop,)]),
+        "min_tokens": rng.choice([0, 4]),
+        "logprobs": rng.choice([None, 0, 3]),
+    }
 
 
 def requests_of(seed: int, kind: str, num: int = 7) -> list[tuple[list[int], SamplingParams]]:
     rng = random.Random(seed)
     found = []
     for i in range(num):
-        sampled = kind in ("sampled", "filtered") or (kind == "mixed" and i % 2 == 1)
+        sampled = kind in ("sampled", "filtered") or (kind in ("mixed", "changed") and i % 2 == 1)
         prompt = [rng.randrange(256) for _ in range(rng.randint(1, 14))]
-        found.append((prompt, options_of(rng, sampled=sampled, filters=kind == "filtered")))
+        filters = kind == "filtered" or (kind == "changed" and i % 3 == 0)
+        found.append((prompt, options_of(rng, sampled=sampled, filters=filters, changes=kind == "changed")))
     return found
 
 
-def run_joining(llm: LLM, given: list[tuple[list[int], SamplingParams]]) -> list[list[int]]:
+def run_joining(llm: LLM, given: list[tuple[list[int], SamplingParams]]) -> list[RequestOutput]:
     """Requests join one by one, every third step, and leave as they end."""
     made: list[Request] = []
     steps = 0
@@ -96,18 +113,27 @@ def run_joining(llm: LLM, given: list[tuple[list[int], SamplingParams]]) -> list
         steps += 1
     for request in made:
         assert request.error is None, request.error
-    return [request.token_ids[len(request.prompt_token_ids) :] for request in made]
+    return [request.output() for request in made]
 
 
-@pytest.mark.parametrize("kind", ["greedy", "sampled", "mixed", "filtered"])
+@pytest.mark.parametrize("kind", ["greedy", "sampled", "mixed", "filtered", "changed"])
 def test_same_tokens_as_eager_steps(eager: LLM, static: tuple[LLM, GraphRunner], kind: str) -> None:
     llm, runner = static
-    given = requests_of(3, kind)
+    given = requests_of(3, kind, num=14 if kind == "changed" else 7)
     expected = run_joining(eager, given)
-    assert run_joining(llm, given) == expected
+    found = run_joining(llm, given)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.token_ids, ours.finish_reason) == (theirs.token_ids, theirs.finish_reason)
+        assert (ours.logprobs is None) is (theirs.logprobs is None)
+        for one, other in zip(ours.logprobs or (), theirs.logprobs or (), strict=True):
+            assert one.token_id == other.token_id
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-9)
+            assert [t for t, _ in one.top] == [t for t, _ in other.top]
     assert runner.num_static_steps > 10
+    assert runner.num_static_steps + runner.num_mixed_steps > 0.8 * llm.stats().num_steps, "few are left to eager steps"
     assert runner.num_mixed_steps > 3
     buckets = list(runner._steps)
+    assert any(bucket.has_changes and bucket.keeps_logits for bucket in buckets) is (kind == "changed")
     assert len({bucket.num_requests for bucket in buckets}) > 1
     assert len({bucket.num_nodes for bucket in buckets}) > 1
     assert llm.stats().num_used_pages == 0
@@ -289,7 +315,7 @@ class Guarded:
         return replay
 
 
-@pytest.mark.parametrize("kind", ["greedy", "filtered", "priced"])
+@pytest.mark.parametrize("kind", ["greedy", "filtered", "changed", "priced"])
 def test_a_step_beside_prompts_touches_no_host(
     tiny_target_dir: Path, tiny_head_dir: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -326,7 +352,7 @@ def test_a_step_beside_prompts_touches_no_host(
     assert num_guarded == runner.num_mixed_steps > 5
 
 
-@pytest.mark.parametrize("kind", ["greedy", "mixed", "filtered", "priced"])
+@pytest.mark.parametrize("kind", ["greedy", "mixed", "filtered", "changed", "priced"])
 def test_a_step_touches_no_host(
     tiny_target_dir: Path, tiny_head_dir: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

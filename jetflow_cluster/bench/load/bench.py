@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,23 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 
 from jetflow_cluster.bench.load.arrivals import BURSTY_TRACE, read_trace
+from jetflow_cluster.bench.load.draft_workers import draft_workers
 from jetflow_cluster.bench.load.report import draw_load, load_table, markdown_table
 from jetflow_cluster.bench.load.rounds import LoadPlan, measure
 from jetflow_cluster.bench.load.rows import make_rows
-from jetflow_cluster.bench.load.systems import EngineLoad, GrpcLoad, LoadSystem, OpenAiLoad, TransformersLoad
+from jetflow_cluster.bench.load.systems import (
+    EngineLoad,
+    GrpcLoad,
+    LoadSystem,
+    OneCohortLoad,
+    OpenAiLoad,
+    TransformersLoad,
+)
 from jetflow_cluster.bench.machine import describe_machine
 from jetflow_cluster.bench.prompts import DEFAULT_CHECKPOINT, load_prompts
 from jetflow_cluster.bench.report import write_json
 from jetflow_cluster.bench.systems import load_transformers
+from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.local import LLM
 
 _NUM_PROMPTS = 200
@@ -47,6 +57,8 @@ class LoadBenchConfig:
     openai: str | None = None
     openai_model: str = ""
     openai_options: dict[str, Any] = field(default_factory=dict)
+    #: Dedicated draft workers of the engine in this process; with some, ``auto`` is also measured in one cohort.
+    num_draft_workers: int = 0
     #: File of prompts; None is the held-out ones of the embedded default.
     prompts: Path | None = None
     #: A recorded trace for the loop ``trace``.
@@ -72,23 +84,30 @@ def run_engine_load(config: LoadBenchConfig, console: Console) -> dict[str, Any]
     plan = config.plan
     if plan.loop != "closed":
         raise ValueError(f"loop = {plan.loop!r}: the engine alone is measured in a closed loop")
-    with console.status("loading and warming up"):
-        llm = LLM(
-            config.model,
-            config.draft_head,
-            dtype=config.dtype,
-            enable_prefix_cache=False,
-            max_num_requests=max(plan.concurrencies),
-        )
-        systems: list[LoadSystem] = [EngineLoad(mode, llm) for mode in _reference_first(config.modes)]
-        if config.transformers_at:
-            model = load_transformers(llm.frontend.target_dir, config.dtype, llm.engine.target.device)
-            systems.append(TransformersLoad(model))
+    options: dict[str, Any] = {
+        "dtype": config.dtype,
+        "enable_prefix_cache": False,
+        "max_num_requests": max(plan.concurrencies),
+    }
+    with ExitStack() as stack:
+        with console.status("loading and warming up"):
+            factory = None
+            if config.num_draft_workers:
+                engine_config = EngineConfig(model=config.model, draft_head=config.draft_head, **options)
+                factory = stack.enter_context(draft_workers(engine_config, config.num_draft_workers))
+            llm = LLM(config.model, config.draft_head, drafter_factory=factory, **options)
+            systems: list[LoadSystem] = [EngineLoad(mode, llm) for mode in _reference_first(config.modes)]
+            if config.num_draft_workers:
+                systems.append(OneCohortLoad(llm))
+            if config.transformers_at:
+                model = load_transformers(llm.frontend.target_dir, config.dtype, llm.engine.target.device)
+                systems.append(TransformersLoad(model))
 
-    def runs_at(system: LoadSystem, level: float) -> bool:
-        return system.name != "transformers" or int(level) in config.transformers_at
+        def runs_at(system: LoadSystem, level: float) -> bool:
+            return system.name != "transformers" or int(level) in config.transformers_at
 
-    return _measure_and_write(config, systems, llm.tokenizer, "engine alone", runs_at, console)
+        where = f"engine, {config.num_draft_workers} draft workers" if config.num_draft_workers else "engine alone"
+        return _measure_and_write(config, systems, llm.tokenizer, where, runs_at, console)
 
 
 def run_served_load(config: LoadBenchConfig, console: Console) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import aiohttp
 from jetflow_cluster.bench.load.workload import LoadRequest, LoadRun, Outcome
 from jetflow_cluster.bench.systems import TransformersSystem
 from jetflow_cluster.engine.local import LLM
+from jetflow_cluster.engine.priced_budget import PricedBudget
 from jetflow_cluster.rpc.client import AsyncJetFlowClient
 from jetflow_cluster.types import SamplingParams, SpeculationMode, SpeculationOptions
 
@@ -111,6 +112,26 @@ class EngineLoad:
             num_concurrent=num_concurrent,
             planning_share=stages.share("schedule", "build"),
         )
+
+
+class OneCohortLoad(EngineLoad):
+    """Mode ``auto`` beside draft workers, without ever guessing for one half of the requests while the other is
+    verified."""
+
+    def __init__(self, llm: LLM):
+        super().__init__("auto", llm)
+        self.name = "auto, one cohort"
+
+    def run(self, requests: Sequence[LoadRequest], num_concurrent: int) -> LoadRun:
+        """See `LoadSystem`."""
+        budget = self._llm.engine.scheduler.budget
+        if not isinstance(budget, PricedBudget):
+            return super().run(requests, num_concurrent)
+        budget.may_overlap = budget.has_cohorts = False
+        try:
+            return super().run(requests, num_concurrent)
+        finally:
+            budget.may_overlap = True
 
 
 class _Stages:

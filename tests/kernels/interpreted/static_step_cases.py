@@ -18,6 +18,10 @@ KINDS = {
     "greedy": [{"temperature": 0.0}, {"temperature": 0.0}],
     "mixed": [{"temperature": 0.0}, {"temperature": 1.0}],
     "filtered": [{"temperature": 0.0}, {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.02}],
+    "changed": [
+        {"temperature": 0.0, "repetition_penalty": 1.3, "logprobs": 2},
+        {"temperature": 1.0, "frequency_penalty": 0.5, "logit_bias": {3: 4.0}, "stop_token_ids": (3,), "min_tokens": 2},
+    ],
 }
 
 
@@ -34,7 +38,8 @@ def make_llm(folders: tuple[Path, Path], dtype: str, device: str) -> LLM:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kind", "max_tokens"), [("float64", "greedy", 5), ("float64", "mixed", 7), ("float32", "filtered", 3)]
+    ("dtype", "kind", "max_tokens"),
+    [("float64", "greedy", 5), ("float64", "mixed", 7), ("float32", "filtered", 3), ("float64", "changed", 4)],
 )
 def test_same_tokens_and_trees(
     folders: tuple[Path, Path], device: str, dtype: str, kind: str, max_tokens: int, monkeypatch: pytest.MonkeyPatch
