@@ -37,7 +37,7 @@ def load(
     requests_per_stream: Annotated[int, typer.Option(min=1, help="Requests of a round for each at a time.")] = 3,
     dtype: Annotated[str, typer.Option(help="Compute type.")] = "float32",
     draft_workers: Annotated[
-        int, typer.Option(min=0, help="Dedicated draft workers; `auto` is then measured in one cohort too.")
+        int, typer.Option(min=0, help="Dedicated draft workers; one and two cohorts are then compared.")
     ] = 0,
     max_seconds: MaxSeconds = None,
     add: Add = False,

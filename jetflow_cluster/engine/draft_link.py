@@ -18,6 +18,7 @@ import torch
 
 from jetflow_cluster.engine.draft_runner import ContextRows, DraftBlocks, HeadDrafter
 from jetflow_cluster.engine.tensor_parallel import Rows
+from jetflow_cluster.parallel.sockets import send_at_once
 from jetflow_cluster.tree.build import CandidateTable
 from jetflow_cluster.tree.coupled import DraftSampling
 
@@ -137,7 +138,7 @@ class LinkListener:
     def _accept(self) -> None:
         while not self._closed.is_set():
             try:
-                connection = self._listener.accept()
+                connection = send_at_once(self._listener.accept())
                 hello = pickle.loads(connection.recv_bytes())
             except Exception:
                 # A stranger, or a worker that died at the door.
@@ -177,7 +178,7 @@ class DraftWorker:
             ValueError: the target serves another head, or pages of another kind; names what differs.
         """
         try:
-            self._connection = Client((address[0], address[1]), family="AF_INET", authkey=secret)
+            self._connection = send_at_once(Client((address[0], address[1]), family="AF_INET", authkey=secret))
             self._connection.send_bytes(pickle.dumps(self._described | {"name": self._name}))
             wrong = pickle.loads(self._connection.recv_bytes())
         except (OSError, EOFError) as error:

@@ -92,7 +92,7 @@ class PricedBudget:
         self.price_per_s = 0.0
         self.keeps_context = True
         self.is_on = self.has_cohorts = False
-        self.may_overlap = may_overlap
+        self._may_overlap = may_overlap
         self.gains = gains
         self._needs_context, self._num_block_slots, self._has_lookup = needs_context, num_block_slots, has_lookup
         self._choice: Choice | None = None
@@ -288,7 +288,7 @@ class PricedBudget:
         only_all: bool = False,
     ) -> Choice:
         worths = np.array([self._worth(request, gains, is_hope=is_hope) for request in requests])
-        share = 0.0 if not self.may_overlap else 1.0 if self.has_cohorts else _COHORT_SHARE
+        share = 0.0 if not self._may_overlap else 1.0 if self.has_cohorts else _COHORT_SHARE
         return choose(
             self.cost,
             gains,

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
 
+from jetflow_cluster.parallel.sockets import send_at_once
+
 #: Seconds between heartbeats, and how long a follower believes in a silent leader.
 HEARTBEAT_S = 0.5
 SILENCE_S = 5.0
@@ -51,7 +53,7 @@ class LeaderChannel:
     def accept(self, num_followers: int) -> None:
         """Waits until so many followers are there, then starts the heartbeat."""
         for _ in range(num_followers):
-            self._connections.append(self._listener.accept())
+            self._connections.append(send_at_once(self._listener.accept()))
         self._listener.close()
         self._heard_at = dict.fromkeys(self._connections, time.monotonic())
         threading.Thread(target=self._beat, name="channel-heartbeat", daemon=True).start()
@@ -140,7 +142,7 @@ class FollowerChannel:
         deadline = time.monotonic() + connect_timeout_s
         while True:
             try:
-                return Client((address[0], address[1]), family="AF_INET", authkey=secret)
+                return send_at_once(Client((address[0], address[1]), family="AF_INET", authkey=secret))
             except ConnectionRefusedError:
                 if time.monotonic() > deadline:
                     raise ChannelClosedError(f"nobody listens at {address[0]}:{address[1]}") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
 import time
 
 import pytest
@@ -147,3 +149,14 @@ def test_a_worker_of_another_geometry_is_sent_away(setup: RemoteHeads) -> None:
     worker = DraftWorker(drafter, page_size=PAGE, name="stranger", described={"num_pages": 7})
     with pytest.raises(ValueError, match="num_pages"):
         worker.connect(setup.listener.address, SECRET)
+
+
+def test_small_messages_wait_for_no_acknowledgement(setup: RemoteHeads) -> None:
+    llm = setup.llm()
+    worker = setup.start_worker("w")
+    wait_for(setup, 1)
+    assert llm.engine.drafter is setup.drafters[-1]
+    assert worker._connection is not None
+    for connection in (worker._connection, setup.drafters[-1]._links[0]._connection):
+        with socket.socket(fileno=os.dup(connection.fileno())) as end:
+            assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -47,6 +48,19 @@ def wait_until_silent(leader: LeaderChannel, seconds: float) -> tuple[int, float
         assert time.monotonic() < deadline, "the silence was not noticed"
         time.sleep(0.01)
     return leader.silence()
+
+
+def test_small_messages_wait_for_no_acknowledgement() -> None:
+    leader = LeaderChannel("127.0.0.1", 0, SECRET)
+    joining = threading.Thread(target=leader.accept, args=(1,))
+    joining.start()
+    follower = FollowerChannel(leader.address, SECRET)
+    joining.join()
+    for connection in (leader._connections[0], follower._connection):
+        with socket.socket(fileno=os.dup(connection.fileno())) as end:
+            assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+    leader.close()
+    follower.close()
 
 
 def test_commands_come_in_their_order(pair: tuple[LeaderChannel, BaseProcess, Any]) -> None:

@@ -20,10 +20,10 @@ from jetflow_cluster.bench.load.report import draw_load, load_table, markdown_ta
 from jetflow_cluster.bench.load.rounds import LoadPlan, measure
 from jetflow_cluster.bench.load.rows import make_rows
 from jetflow_cluster.bench.load.systems import (
+    CohortLoad,
     EngineLoad,
     GrpcLoad,
     LoadSystem,
-    OneCohortLoad,
     OpenAiLoad,
     TransformersLoad,
 )
@@ -35,6 +35,8 @@ from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.local import LLM
 
 _NUM_PROMPTS = 200
+#: Nodes of the trees with which one and two cohorts are compared.
+_COHORT_NODES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class LoadBenchConfig:
     openai: str | None = None
     openai_model: str = ""
     openai_options: dict[str, Any] = field(default_factory=dict)
-    #: Dedicated draft workers of the engine in this process; with some, ``auto`` is also measured in one cohort.
+    #: Dedicated draft workers of the engine in this process; with some, one and two cohorts are measured too.
     num_draft_workers: int = 0
     #: File of prompts; None is the held-out ones of the embedded default.
     prompts: Path | None = None
@@ -98,7 +100,7 @@ def run_engine_load(config: LoadBenchConfig, console: Console) -> dict[str, Any]
             llm = LLM(config.model, config.draft_head, drafter_factory=factory, **options)
             systems: list[LoadSystem] = [EngineLoad(mode, llm) for mode in _reference_first(config.modes)]
             if config.num_draft_workers:
-                systems.append(OneCohortLoad(llm))
+                systems += [CohortLoad(_COHORT_NODES, num, llm) for num in (1, 2)]
             if config.transformers_at:
                 model = load_transformers(llm.frontend.target_dir, config.dtype, llm.engine.target.device)
                 systems.append(TransformersLoad(model))

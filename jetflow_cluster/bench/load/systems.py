@@ -14,8 +14,8 @@ import aiohttp
 
 from jetflow_cluster.bench.load.workload import LoadRequest, LoadRun, Outcome
 from jetflow_cluster.bench.systems import TransformersSystem
+from jetflow_cluster.engine.budget import FixedBudget
 from jetflow_cluster.engine.local import LLM
-from jetflow_cluster.engine.priced_budget import PricedBudget
 from jetflow_cluster.rpc.client import AsyncJetFlowClient
 from jetflow_cluster.types import SamplingParams, SpeculationMode, SpeculationOptions
 
@@ -114,24 +114,24 @@ class EngineLoad:
         )
 
 
-class OneCohortLoad(EngineLoad):
-    """Mode ``auto`` beside draft workers, without ever guessing for one half of the requests while the other is
-    verified."""
+class CohortLoad(EngineLoad):
+    """Trees of one size beside draft workers, which guess for all requests before they are verified, or for one half
+    while the other is."""
 
-    def __init__(self, llm: LLM):
+    def __init__(self, num_nodes: int, num_cohorts: int, llm: LLM):
         super().__init__("auto", llm)
-        self.name = "auto, one cohort"
+        self.name = f"{num_nodes} nodes, {'two cohorts' if num_cohorts == 2 else 'one cohort'}"
+        self._budget = FixedBudget(num_nodes)
+        self._budget.has_cohorts = num_cohorts == 2
 
     def run(self, requests: Sequence[LoadRequest], num_concurrent: int) -> LoadRun:
         """See `LoadSystem`."""
-        budget = self._llm.engine.scheduler.budget
-        if not isinstance(budget, PricedBudget):
-            return super().run(requests, num_concurrent)
-        budget.may_overlap = budget.has_cohorts = False
+        scheduler = self._llm.engine.scheduler
+        chosen, scheduler.budget = scheduler.budget, self._budget
         try:
             return super().run(requests, num_concurrent)
         finally:
-            budget.may_overlap = True
+            scheduler.budget = chosen
 
 
 class _Stages:
