@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -225,7 +224,13 @@ class PricedBudget:
             max(plan.tree_budget, sum(item.budget_share for item in priced)),
             sum(item.max_tree_nodes for item in priced),
         )
-        return replace(plan, row_costs=self.cost.row_costs(shape, most))
+        return StepPlan(
+            items=items,
+            tree_budget=plan.tree_budget,
+            row_costs=self.cost.row_costs(shape, most),
+            resting=plan.resting,
+            ahead=plan.ahead,
+        )
 
     def _draft_rows(self, asked: Sequence[ScheduledRequest]) -> int:
         """Rows of the head where it guesses for these."""

@@ -94,7 +94,6 @@ def test_what_was_allowed_holds_until_something_is_learned() -> None:
 def test_plain_steps_are_asked_for_once_until_they_are_known() -> None:
     budget = PricedBudget(COST, GAINS)
     asked = load(2)
-    assert budget.allow(asked)[0].uses_head
     for _ in range(6):
         budget.learning.pace.observe(StepKind.HEAD, 2, 6, 1.0)
     drafts = [budget.allow(asked)[0].max_tree_nodes > 1 for _ in range(5)]
