@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jetflow_cluster.engine.protocols import StepPlan
 from jetflow_cluster.tree.accept import AcceptedPath
@@ -25,6 +26,10 @@ class StepCounters:
     num_skipped_steps: int = 0
     #: Steps in which some requests were guessed for elsewhere while others were verified.
     num_overlapped_steps: int = 0
+
+    def as_stats(self) -> dict[str, Any]:
+        """The fields of `EngineStats` of the same names."""
+        return vars(self) | {"accepted_by_depth": tuple(self.accepted_by_depth)}
 
     def count(self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None]) -> None:
         """Counts one step."""

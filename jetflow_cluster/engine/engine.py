@@ -209,23 +209,21 @@ class Engine:
             num_finished=self.num_finished,
             num_generated_tokens=self.num_generated_tokens,
             num_late_compilations=compilations.since_readiness(),
-            num_verified_nodes=self.counters.num_verified_nodes,
-            accepted_by_depth=tuple(self.counters.accepted_by_depth),
-            num_drafted_steps=self.counters.num_drafted_steps,
-            num_skipped_steps=self.counters.num_skipped_steps,
-            num_overlapped_steps=self.counters.num_overlapped_steps,
+            **self.counters.as_stats(),
             speculation_price=self.scheduler.budget.price_per_s,
             speculation_reason=self.scheduler.budget.reason,
         )
 
     def _draft(self, plan: StepPlan) -> Sequence[CandidateTable | None]:
-        if self.drafter is None:
+        guessing = self._guessing
+        if self.drafter is None or not (plan.speculates or plan.ahead or guessing.is_asking):
             return [None] * len(plan.items)
-        self._guessing.collect()
+        # Nothing is asked on the strength of a context that an answer has shown to be lost.
+        guessing.collect()
         self._note_lost_context()
-        tables = self._guessing.tables(plan, self.drafter, self.lookup)
+        tables = guessing.tables(plan, self.drafter, self.lookup)
         self._note_lost_context()
-        self._guessing.ask_ahead(plan.ahead, self.drafter, self.lookup)
+        guessing.ask_ahead(plan.ahead, self.drafter, self.lookup)
         self._note_lost_context()
         return tables
 

@@ -27,6 +27,11 @@ class Guessing:
         #: What was answered, and to what, by the identity of the item.
         self._ready: dict[int, tuple[ScheduledRequest, CandidateTable | None]] = {}
 
+    @property
+    def is_asking(self) -> bool:
+        """True while an answer is open."""
+        return self._asked is not None
+
     def collect(self) -> None:
         """Takes the answers to what was asked ahead; to be called before the drafter is asked anything else."""
         asked, self._asked = self._asked, None
