@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -108,6 +109,9 @@ def run_engine_load(config: LoadBenchConfig, console: Console) -> dict[str, Any]
         def runs_at(system: LoadSystem, level: float) -> bool:
             return system.name != "transformers" or int(level) in config.transformers_at
 
+        # As a replica does before it serves: the collector need not look at what stays and hold a step up.
+        gc.collect()
+        gc.freeze()
         where = f"engine, {config.num_draft_workers} draft workers" if config.num_draft_workers else "engine alone"
         return _measure_and_write(config, systems, llm.tokenizer, where, runs_at, console)
 
