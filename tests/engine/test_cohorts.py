@@ -19,7 +19,7 @@ from jetflow_cluster.engine.request import Request
 from jetflow_cluster.types import FinishReason
 from support.draft_workers import RemoteHeads, kill, wait_for
 
-NUM_REQUESTS = 10
+NUM_REQUESTS = 14
 
 
 class TwoCohorts(BudgetTable):
@@ -98,7 +98,8 @@ def test_no_token_depends_on_it(setup: RemoteHeads, num_workers: int, options: d
         check_same(run(llm, seed), expected)
         check_same(run(llm, seed, abort_share=0.15), expected)
     stats = llm.stats()
-    assert stats.num_overlapped_steps > stats.num_steps / 5
+    # Where pages are scarce few requests run at a time.
+    assert stats.num_overlapped_steps > stats.num_steps / 10
     assert stats.num_drafted_steps > stats.num_overlapped_steps / 2
     assert stats.num_used_pages == 0
     assert plain.stats().num_drafted_steps == 0
