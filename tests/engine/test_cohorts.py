@@ -295,4 +295,5 @@ def test_the_engine_chooses_cohorts_and_its_steps_are_learned_from(setup: Remote
     assert [o.token_ids for o in llm.generate(prompts, params)] == [o.token_ids for o in expected]
     assert llm.stats().num_overlapped_steps > 3
     budget.learning.catch_up()
-    assert budget.cost is not BY_ROWS or llm.stats().num_steps < 32
+    assert llm.stats().num_steps > 40
+    assert budget.cost is not BY_ROWS

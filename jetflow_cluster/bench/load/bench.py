@@ -112,6 +112,7 @@ def run_engine_load(config: LoadBenchConfig, console: Console) -> dict[str, Any]
         # As a replica does before it serves: the collector need not look at what stays and hold a step up.
         gc.collect()
         gc.freeze()
+        stack.callback(gc.unfreeze)
         where = f"engine, {config.num_draft_workers} draft workers" if config.num_draft_workers else "engine alone"
         return _measure_and_write(config, systems, llm.tokenizer, where, runs_at, console)
 
