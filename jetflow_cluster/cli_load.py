@@ -35,6 +35,9 @@ def load(
     prompt_lengths: PromptLengths = "32,64,128",
     output_lengths: OutputLengths = UNEVEN_LENGTHS,
     requests_per_stream: Annotated[int, typer.Option(min=1, help="Requests of a round for each at a time.")] = 3,
+    random_head: Annotated[
+        bool, typer.Option("--random-head", help="Measure with a head of that shape whose weights are random.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Compute type.")] = "float32",
     draft_workers: Annotated[
         int, typer.Option(min=0, help="Dedicated draft workers; one and two cohorts are then compared.")
@@ -61,6 +64,7 @@ def load(
         modes=_words(modes),
         model=model,
         draft_head=draft_head,
+        random_head=random_head,
         dtype=dtype,
         transformers_at=opt.read_numbers("transformers_at", transformers_at) if transformers_at else (),
         num_draft_workers=draft_workers,

@@ -24,6 +24,8 @@ class BegunStep:
     num_resting_context_tokens: int = 0
     #: Accepted tokens that were foretold of the requests that draft, by their identity.
     foretold: Mapping[int, float] = field(default_factory=dict)
+    #: Steps like it that it stands for, itself included.
+    num_steps: int = 1
 
 
 class BegunSteps:
@@ -36,6 +38,6 @@ class BegunSteps:
         """A step begins."""
         self._steps.append(step)
 
-    def of(self, plan: StepPlan) -> BegunStep:
-        """What is known of a plan's step; nothing was drafted in one that was not priced."""
-        return next((step for step in self._steps if step.items is plan.items), BegunStep(items=plan.items))
+    def of(self, plan: StepPlan) -> BegunStep | None:
+        """What is known of a plan's step; None where it was not noted."""
+        return next((step for step in self._steps if step.items is plan.items), None)

@@ -84,10 +84,11 @@ class Learning:
 
     def _learn_from(self, step: _Outcome) -> None:
         begun, paths = step.begun, step.paths
-        self.prober.earn(step.took_s)
+        self.prober.earn(begun.num_steps * step.took_s)
         self.pace.observe_step(begun, step.trees, paths, step.took_s, self.cost, self._tracker.measured)
-        self._num_observed += 1
-        if self._num_observed % _COST_EVERY == 0:
+        self._num_observed += begun.num_steps
+        if self._num_observed >= _COST_EVERY:
+            self._num_observed = 0
             self._observe_cost(step)
         # Trees without a price are not of calibrated scores.
         priced = [i for i, item in enumerate(begun.items) if item.is_priced and paths[i] is not None]

@@ -112,9 +112,11 @@ class Pace:
         num_steps = num_all / num_decoding
         plain_s = measured.plain_s(num_all, begun.num_context_tokens + begun.num_resting_context_tokens)
         took = num_steps * (took_s - prompts_s) / max(plain_s, _LEAST_S)
-        self.observe(kind, num_all, num_steps * num_tokens, took)
+        self.observe(kind, num_all, num_steps * num_tokens, took, num_like_it=begun.num_steps)
 
-    def observe(self, kind: StepKind, num_decoding: int, num_tokens: float, took: float) -> None:
+    def observe(
+        self, kind: StepKind, num_decoding: int, num_tokens: float, took: float, *, num_like_it: int = 1
+    ) -> None:
         """Counts one step.
 
         Args:
@@ -122,12 +124,13 @@ class Pace:
             num_decoding: requests.
             num_tokens: that it gave all of them together.
             took: its seconds, without those that went into prompts, over those foretold of a plain step.
+            num_like_it: steps that went by with it, itself included.
         """
         load = _load(num_decoding)
         for (_, other), record in self._records.items():
             if other == load:
-                record.age += 1
-                record.pause = max(0, record.pause - 1)
+                record.age += num_like_it
+                record.pause = max(0, record.pause - num_like_it)
         record = self._record(kind, load)
         record.age = 0
         if record.num >= 2:

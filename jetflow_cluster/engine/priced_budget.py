@@ -23,6 +23,7 @@ from jetflow_cluster.engine.begun_steps import BegunStep, BegunSteps
 from jetflow_cluster.engine.cost_model import CostModel, StepShape
 from jetflow_cluster.engine.draft_choice import NODES, Choice, Gains, Situation, choose, paying_match
 from jetflow_cluster.engine.learning import Learning, kind_of
+from jetflow_cluster.engine.look_times import LookTimes
 from jetflow_cluster.engine.pace import StepKind
 from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, ScheduledRequest, Source, StepPlan
 from jetflow_cluster.engine.reason_log import ReasonLog
@@ -38,12 +39,8 @@ from jetflow_cluster.types import LatencyClass
 TURN_ON, TURN_OFF = 1.10, 1.03
 #: Drafting for all, this near to paying, draft contexts go on.
 KEEP_CONTEXT = 1.05
-#: Steps between two looks at an unchanged load.
-_LOOK_EVERY = 16
-#: Share of the load by which it must change to be looked at before that.
-_NEWS = 0.2
-#: Such looks between two at what a better head could do, where the load is the reason.
-_HOPE_EVERY = 4
+#: Plain steps of which one is learned from, where the load is the reason.
+_LEARN_SELDOM = 4
 #: Most nodes of one tree.
 _MOST_NODES = 64
 #: Tokens of the prefixes that prices are told apart by.
@@ -99,9 +96,9 @@ class PricedBudget:
         self._probing: set[int] = set()
         #: The next step is decided on before this one's outcome is told.
         self._begun = BegunSteps()
-        #: Decoding requests at the last decision, and the latest arrival among them.
-        self._num_decided, self._newest_decided = 0, -1
-        self._num_steps = self._num_decisions = 0
+        self._times = LookTimes()
+        #: Plain steps while the load is the reason.
+        self._num_plain = 0
         #: To whom, of how many and with how many nodes each, and what was allowed; it holds until something is learned
         #: or decided. And the step in which something was.
         self._allowed: tuple[tuple[list[int], int, int], list[Allowance]] | None = None
@@ -126,20 +123,15 @@ class PricedBudget:
 
     def allow(self, load: DecodeLoad) -> list[Allowance]:
         """See `BudgetPolicy`."""
-        self._num_steps += 1
+        times = self._times
+        times.num_steps += 1
         allowed_to = [request.arrival for request in load.requests], load.fair_nodes, load.num_decoding
-        if self._allowed is not None and self._allowed[0] == allowed_to and self._num_steps % _LOOK_EVERY:
+        if self._allowed is not None and self._allowed[0] == allowed_to and not times.is_due:
             return self._allowed[1]
-        fell = (1.0 - _NEWS) * self._num_decided
-        newest = load.requests[-1].arrival if load.requests else -1
-        # Where nothing is drafted, only a load that falls is news, and who comes where guesses were the reason.
-        if self.is_on:
-            is_news = load.num_decoding < fell or load.num_decoding > (1.0 + _NEWS) * self._num_decided
-        else:
-            is_news = load.num_decoding < fell or (self.reason == "head" and newest > self._newest_decided)
-        if self._choice is None or is_news or self._num_steps % _LOOK_EVERY == 0:
+        is_news = times.is_news(load, is_on=self.is_on, expects_others=self.reason == "head")
+        if times.is_due or is_news:
             self._decide(load, is_news=is_news)
-            self._num_decided, self._newest_decided = load.num_decoding, newest
+            times.looked(load, is_seldom=self._is_off_by_load and not is_news)
         pace = self.learning.pace
         if self.is_on and not self._is_timing and pace.wants_plain(load.num_decoding):
             self._is_timing, self._allowed = True, None
@@ -154,8 +146,12 @@ class PricedBudget:
         # A probe counts its steps, and contexts may become ready.
         is_settled = not self._probing and (not self.is_on or len(self._drafting) == self._num_wanted(load))
         self._allowed = (allowed_to, found) if is_settled else None
-        self._allowed_at = self._num_steps
+        self._allowed_at = times.num_steps
         return found
+
+    @property
+    def _is_off_by_load(self) -> bool:
+        return self.reason == "load" and not self.is_on
 
     def _num_wanted(self, load: DecodeLoad) -> int:
         """Requests that are to draft, if they have the context for it."""
@@ -194,6 +190,11 @@ class PricedBudget:
     def price_rows(self, plan: StepPlan, sources: Sequence[Source]) -> StepPlan:
         """See `BudgetPolicy`."""
         items = plan.items
+        is_plain = self._is_off_by_load and all(source is Source.NONE for source in sources)
+        if is_plain:
+            self._num_plain += 1
+            if self._num_plain % _LEARN_SELDOM:
+                return plan
         asked = [item for item, source in zip(items, sources, strict=True) if source is Source.HEAD and item.asks_head]
         decoding = [item for item in items if item.num_rows == 1 and item.is_last]
         begun = BegunStep(
@@ -203,6 +204,7 @@ class PricedBudget:
             num_resting=len(plan.resting),
             num_resting_context_tokens=sum(request.num_computed for request in plan.resting),
             foretold=self._drafting,
+            num_steps=_LEARN_SELDOM if is_plain else 1,
         )
         self._begun.note(begun)
         priced = [item for item in decoding if not item.is_forced]
@@ -242,12 +244,12 @@ class PricedBudget:
         self, plan: StepPlan, trees: Sequence[DraftTree], paths: Sequence[AcceptedPath | None], took_s: float
     ) -> None:
         """See `BudgetPolicy`."""
-        if self.learning.note(self._begun.of(plan), trees, paths, took_s):
+        begun = self._begun.of(plan)
+        if begun is not None and self.learning.note(begun, trees, paths, took_s):
             self._allowed, self._is_timing = None, False
 
     def _decide(self, load: DecodeLoad, *, is_news: bool = True) -> None:
         """Whether drafting is on, and why."""
-        self._num_decisions += 1
         self.learning.catch_up()
         self._allowed, self._is_timing = None, False
         pace, prober = self.learning.pace, self.learning.prober
@@ -270,7 +272,7 @@ class PricedBudget:
             self.price_per_s = now.tokens_per_s
             self._tell("pays", now)
             return
-        if self.reason == "load" and not is_news and self._num_decisions % _HOPE_EVERY:
+        if not self._times.takes_hope() and self._is_off_by_load and not is_news:
             self.price_per_s = now.tokens_per_s
             return
         hoped = self._choose(load, load.requests, self.gains.hoped(), is_hope=True)
@@ -372,7 +374,7 @@ class PricedBudget:
                 keeps_context=keeps,
                 bias=bias,
             )
-        request.worth.rested(self._num_steps - self._allowed_at)
+        request.worth.rested(self._times.num_steps - self._allowed_at)
         key = (keeps, may_look and request.params.is_greedy and request.room >= 4)
         if key not in rests:
             # One for all that are alike.

