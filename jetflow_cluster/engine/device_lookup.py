@@ -48,10 +48,7 @@ def mix_on_device(
     is_new = is_own & (found == width)
     place = torch.where(is_own, torch.where(is_new, last, found), 0)
     o_row = _below(place)[:, :, None, None].expand(-1, -1, 1, width)
-    # [R, D, W]: the row under the guess above; behind a guess that is no candidate, the mean of all.
-    own_row = scores.gather(2, o_row).squeeze(2)
-    is_behind_new = _below(is_new) & is_own
-    row = torch.where(is_behind_new[:, :, None], _mean_row(scores, m_w, widths), own_row)
+    row = _row_above(scores, o_row, _below(is_new) & is_own, m_w, widths)
     fixed = _fixed(weight)
     worst = row.gather(2, last[:, None].expand(-1, depths, 1)).squeeze(2)
     is_worthless = is_new & (fixed <= worst)
@@ -101,6 +98,14 @@ def _deepened(ids: torch.Tensor, scores: torch.Tensor, is_own: torch.Tensor) -> 
 def _below(values: torch.Tensor) -> torch.Tensor:
     """What each depth's value is to the next one, ``[R, D]``; zeros at the first."""
     return F.pad(values, (1, 0))[:, :-1]
+
+
+def _row_above(
+    scores: torch.Tensor, o_row: torch.Tensor, is_behind_new: torch.Tensor, m_w: torch.Tensor, widths: torch.Tensor
+) -> torch.Tensor:
+    """The row under the guess above, ``[R, D, W]``; behind a guess that is no candidate, the mean of all."""
+    own_row = scores.gather(2, o_row).squeeze(2)
+    return torch.where(is_behind_new[:, :, None], _mean_row(scores, m_w, widths), own_row)
 
 
 def _mean_row(scores: torch.Tensor, m_w: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:

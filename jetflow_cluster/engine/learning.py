@@ -24,8 +24,9 @@ _NUM_AT_ONCE = 8
 #: Steps between two whose time is learned from; drafted steps from which the calibration learns at first, and between
 #: two from which it does later.
 _COST_EVERY, _NUM_NEW, _LEARN_EVERY = 4, 64, 8
-#: Tokens that the level of all requests' gains counts for before anything is known, and its decay per drafted step.
-_LEVEL_PRIOR, _LEVEL_FADE = 12.0, 0.98
+#: Tokens that the level of all requests' gains counts for before anything is known, its decay per drafted step, and per
+#: plain step where it is above that of warm-up: other requests come, and what was seen is more and more of earlier ones.
+_LEVEL_PRIOR, _LEVEL_FADE, _HOPE_FADE = 12.0, 0.98, 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,9 @@ class Learning:
         grown = [i for i in priced if step.trees[i].num_nodes > 1]
         if grown:
             self._observe_values(step, grown)
+        else:
+            fade = _HOPE_FADE**begun.num_steps
+            self._levels = [_faded(level, fade) if level[0] > level[1] else level for level in self._levels]
 
     def _observe_cost(self, step: _Outcome) -> None:
         items, context = step.begun.items, step.begun.num_context_tokens
@@ -119,13 +123,17 @@ class Learning:
         self._num_learned += 1
         if self._num_learned <= _NUM_NEW or self._num_learned % _LEARN_EVERY == 0:
             self.value.observe(trees, [path.nodes for path in walked], kinds)
-        prior = (1.0 - _LEVEL_FADE) * _LEVEL_PRIOR
-        self._levels = [[_LEVEL_FADE * num + prior for num in level] for level in self._levels]
+        self._levels = [_faded(level, _LEVEL_FADE) for level in self._levels]
         for tree, request, kind, path in zip(trees, requests, kinds, walked, strict=True):
             request.worth.drafted(path.num_accepted, promised_tokens(tree))
             if (foretold := step.begun.foretold.get(id(request))) is not None:
                 self._levels[kind][0] += path.num_accepted
                 self._levels[kind][1] += foretold
+
+
+def _faded(level: list[float], fade: float) -> list[float]:
+    """Drawn towards the prior."""
+    return [fade * num + (1.0 - fade) * _LEVEL_PRIOR for num in level]
 
 
 def kind_of(request: Request) -> int:

@@ -76,7 +76,7 @@ class _Record:
 
 
 class Pace:
-    """Timed steps by kind and load; loads that agree up to the next power of two count as one."""
+    """Timed steps by kind and load; loads that are within an eighth of one of three per octave count as one."""
 
     def __init__(self) -> None:
         self._records: dict[tuple[StepKind, int], _Record] = {}
@@ -191,4 +191,5 @@ def _decayed(num: int) -> float:
 
 
 def _load(num_decoding: int) -> int:
-    return max(0, num_decoding - 1).bit_length()
+    # Wider ranges would have what pays at their lower end speak for their upper one, where it may not.
+    return round(3 * math.log2(num_decoding))

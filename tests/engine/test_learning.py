@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,6 +65,20 @@ def test_only_trees_of_calibrated_scores_teach_the_calibration(mode: str, teache
         learning.note(begun, [TREE, TREE], [PATH, PATH], 0.01)
     assert bool(learning.value._seen.any()) is teaches
     assert (begun.items[0].request.worth.promised > 0) is teaches
+
+
+@pytest.mark.parametrize(("accepted", "lasts"), [(24.0, False), (3.0, True)], ids=["better", "worse"])
+def test_only_what_was_better_than_at_warm_up_is_forgotten_while_nothing_is_drafted(
+    accepted: float, lasts: bool
+) -> None:
+    learning = Learning(COST, ValueModel())
+    learning._levels[0] = [accepted, 12.0]
+    before, bare = learning.level(0), DraftTree.root_only(1)
+    path = AcceptedPath(nodes=[0], token_ids=[1])
+    for _ in range(200):
+        learning.note(replace(step(), num_steps=2), [bare, bare], [path, path], 0.01)
+    assert (learning.level(0) == before) is lasts
+    assert lasts or 1.0 < learning.level(0) < 1.05
 
 
 def test_the_head_has_no_more_rows_than_its_block() -> None:

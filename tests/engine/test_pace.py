@@ -34,8 +34,18 @@ def test_a_kind_must_keep_the_plain_pace(kind: StepKind, tokens: int, allowed: b
     pace = Pace()
     _run_twice(pace, kind, tokens=tokens, took=0.02)
     assert pace.allows(kind, 8) is allowed
-    assert pace.allows(kind, 5) is allowed, "loads up to the same power of two are one"
-    assert pace.allows(kind, 4) and pace.allows(kind, 9), "other loads are not judged"
+    assert pace.allows(kind, 6) and pace.allows(kind, 10), "other loads are not judged"
+
+
+def test_what_pays_at_one_load_does_not_speak_for_another() -> None:
+    pace = Pace()
+    for load, took in ((12, 1.0), (16, 2.0)):
+        for _ in range(3):
+            _run(pace, StepKind.PLAIN, times=6, tokens=load, took=1.0, load=load)
+            _run(pace, StepKind.HEAD, times=12, tokens=3 * load // 2, took=took, load=load)
+    assert pace.is_ahead(StepKind.HEAD, 12) and pace.allows(StepKind.HEAD, 12)
+    assert not pace.is_ahead(StepKind.HEAD, 16)
+    assert [num for num in range(10, 22) if not pace.allows(StepKind.HEAD, num)] == [15, 16, 17]
 
 
 def test_what_chance_may_explain_is_judged_when_more_is_known() -> None:
@@ -160,9 +170,10 @@ def test_a_step_that_stands_for_others_counts_them() -> None:
     for each, num_like_it in ((pace, 4), (other, 1)):
         each.observe(StepKind.PLAIN, 4, 4, 1.0)
         each.observe(StepKind.LOOKUP, 4, 8, 1.0, num_like_it=num_like_it)
-    ages = [each._record(StepKind.PLAIN, 2).age for each in (pace, other)]
+    ages = [each._record(StepKind.PLAIN, 6).age for each in (pace, other)]
     assert ages == [4, 1]
-    assert pace._record(StepKind.LOOKUP, 2) == other._record(StepKind.LOOKUP, 2)
+    assert pace._record(StepKind.LOOKUP, 6) == other._record(StepKind.LOOKUP, 6)
+    assert pace._record(StepKind.LOOKUP, 6).num == 1.0
 
 
 def test_steps_with_prompts_are_judged_by_what_the_prompts_left(monkeypatch: pytest.MonkeyPatch) -> None:
