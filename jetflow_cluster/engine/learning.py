@@ -24,8 +24,8 @@ _NUM_AT_ONCE = 8
 #: Steps between two whose time is learned from; drafted steps from which the calibration learns at first, and between
 #: two from which it does later.
 _COST_EVERY, _NUM_NEW, _LEARN_EVERY = 4, 64, 8
-#: Tokens that the level of all requests' gains counts for before anything is known, its decay per drafted step, and per
-#: plain step where it is above that of warm-up: other requests come, and what was seen is more and more of earlier ones.
+#: Tokens that the level of all requests' gains counts for before anything is known, its decay per drafted step, and
+#: that per plain step where gains are above warm-up's: what was seen is more and more of requests that are gone.
 _LEVEL_PRIOR, _LEVEL_FADE, _HOPE_FADE = 12.0, 0.98, 0.99
 
 
