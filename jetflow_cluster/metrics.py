@@ -109,6 +109,9 @@ NUM_ACCEPTED_PER_POS = _counter(
 )
 NODES_VERIFIED = _counter("spec_decode_num_nodes_verified", "Rows of trees that were verified, roots included.")
 TREE_BUDGET = _gauge("spec_decode_tree_budget", "Nodes per tree of the last half second, root included.")
+POLICY_STEPS = _counter(
+    "spec_decode_steps", "Steps, by why mode auto speculated in them or not: pays, load, pace, head, ...", "reason"
+)
 SPECULATING = _gauge("spec_decode_active", "1 while guesses are made, 0 while draft workers are away.")
 STEP_TIME = _gauge("engine_step_age_seconds", "Seconds that the present step has taken so far.")
 

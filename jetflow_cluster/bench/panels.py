@@ -153,6 +153,7 @@ PANELS: tuple[Panel, ...] = (
         series=(_rate("verified", m.NODES_VERIFIED), _rate("guessed", m.NUM_DRAFT_TOKENS)),
     ),
     Panel(title="Nodes per request and step", unit="short", series=(_mean("tree budget", m.TREE_BUDGET),)),
+    Panel(title="Why mode auto speculates or not", unit="ops", series=(_rate("{{reason}}", m.POLICY_STEPS, "reason"),)),
     Panel(
         title="Replicas",
         unit="short",

@@ -39,6 +39,13 @@ class Gains:
     accepted: np.ndarray
     #: Factor of requests that sample.
     sampled_share: float = 0.6
+    #: Those of the largest trees where the head alone guesses; None where nothing guesses beside it.
+    of_head: float | None = None
+
+    @property
+    def most_of_head(self) -> float:
+        """What the head alone reaches."""
+        return float(self.accepted.max()) if self.of_head is None else self.of_head
 
     def hoped(self) -> Gains:
         """At least what a good head reaches."""

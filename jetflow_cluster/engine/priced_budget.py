@@ -384,7 +384,8 @@ class PricedBudget:
     def _tell(self, reason: str, choice: Choice) -> None:
         if reason != self.reason:
             self.reason = reason
-            self._reason_log.tell(reason, choice.ratio, (self.learning.level(0), self.learning.level(1)))
+            levels = self.learning.level(0), self.learning.level(1)
+            self._reason_log.tell(reason, choice.ratio, self.gains.most_of_head, levels)
 
 
 def _source(table: CandidateTable | None) -> Source:

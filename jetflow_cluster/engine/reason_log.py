@@ -10,6 +10,8 @@ _log = logging.getLogger(__name__)
 
 #: Seconds between two lines about the same.
 _EVERY_S = 60.0
+#: Accepted guesses of its largest trees below which a head is worth a warning: better ones only meet too high a load.
+_POOR = 0.5
 #: What the reasons mean.
 REASONS = {
     "pays": "it pays",
@@ -25,12 +27,13 @@ class ReasonLog:
     def __init__(self) -> None:
         self._told_s: dict[str, float] = {}
 
-    def tell(self, reason: str, ratio: float, levels: tuple[float, float]) -> None:
+    def tell(self, reason: str, ratio: float, most: float, levels: tuple[float, float]) -> None:
         """A reason that was another one before.
 
         Args:
             reason: a key of `REASONS`.
             ratio: best expected tokens per second over those of no speculation.
+            most: accepted guesses of the head's largest trees at warm-up.
             levels: of gains over those of warm-up, greedy and sampled.
         """
         now = time.monotonic()
@@ -39,7 +42,8 @@ class ReasonLog:
         self._told_s[reason] = now
         message = (
             "speculation is %s (%s): at best %.2f times the tokens per second of none; "
-            "gains at %.2f greedy, %.2f sampled of warm-up's"
+            "%.2f of the head's guesses accepted at most at warm-up, gains at %.2f greedy, %.2f sampled of that"
         )
-        level = logging.WARNING if reason == "head" else logging.INFO
-        _log.log(level, message, "on" if reason == "pays" else "off", REASONS[reason], ratio, *levels)
+        is_poor = reason == "head" and most * max(levels) < _POOR
+        level = logging.WARNING if is_poor else logging.INFO
+        _log.log(level, message, "on" if reason == "pays" else "off", REASONS[reason], ratio, most, *levels)

@@ -275,7 +275,7 @@ def warm_up(
     share = float(sampled.sum() / greedy.sum()) if greedy.sum() > 0 else 1.0
     budget = PricedBudget(
         cost,
-        Gains(accepted=greedy, sampled_share=min(max(share, 0.1), 1.5)),
+        Gains(accepted=greedy, sampled_share=min(max(share, 0.1), 1.5), of_head=alone - 1.0),
         needs_context=bool(drafter is not None and drafter.tap_layer_ids),
         num_block_slots=drafter.num_block_slots if drafter is not None else None,
         has_lookup=lookup is not None,

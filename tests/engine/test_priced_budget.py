@@ -20,6 +20,7 @@ from jetflow_cluster.engine.pace import StepKind
 from jetflow_cluster.engine.priced_budget import TURN_ON, PricedBudget
 from jetflow_cluster.engine.probing import PROBE_SHARE
 from jetflow_cluster.engine.protocols import Allowance, DecodeLoad
+from jetflow_cluster.engine.reason_log import ReasonLog
 
 #: Rows are nearly free up to 32, and cost in proportion behind.
 COST = CostModel(
@@ -142,6 +143,7 @@ def test_a_useless_head_costs_its_share_and_one_line(llm: LLM, caplog: pytest.Lo
     assert budget.reason == "head"
     assert llm.stats().speculation_reason == "head"
     assert sum("guesses are worth too little" in r.message for r in caplog.records) == 1
+    assert all(r.levelno == logging.INFO for r in caplog.records), "as good a head as that one may pay elsewhere"
     learned_s, learned_at = budget.extra_s, budget.virtual_s
     for _ in range(8):
         run(llm, budget, 2)
@@ -264,3 +266,20 @@ def test_steps_are_timed_as_what_they_are(llm: LLM) -> None:
     for mode in ("auto", "force"):
         assert any(rows for kind, nodes, rows in seen if kind == mode and nodes)
     assert {(nodes, rows) for kind, nodes, rows in seen if kind == "off"} == {(0, 0)}
+
+
+@pytest.mark.parametrize(("most", "level"), [(0.3, logging.WARNING), (4.0, logging.INFO)], ids=["useless", "good"])
+def test_only_a_useless_head_is_worth_a_warning(most: float, level: int, caplog: pytest.LogCaptureFixture) -> None:
+    told = ReasonLog()
+    with caplog.at_level(logging.INFO, "jetflow_cluster.engine.reason_log"):
+        for _ in range(3):
+            told.tell("head", 0.9, most, (1.0, 1.0))
+        told.tell("load", 0.9, most, (1.0, 1.0))
+    assert [record.levelno for record in caplog.records] == [level, logging.INFO]
+    assert f"{most:.2f} of the head's guesses" in caplog.records[0].message
+
+
+def test_guesses_beside_those_of_a_head_do_not_hide_it() -> None:
+    assert gains(0.6).most_of_head == pytest.approx(0.6 * np.log2(NODES[-1]))
+    assert replace(gains(0.6), of_head=0.02).most_of_head == 0.02
+    assert replace(gains(0.6), of_head=0.02).hoped().accepted.max() > 3

@@ -70,7 +70,8 @@ class ReplicaMeter:
         self._add(m.REPLICA_TOKENS, counts.num_tokens)
         self._add(m.PREFIX_QUERIES, counts.num_prompt_tokens)
         self._add(m.PREFIX_HITS, counts.num_cached_tokens)
-        self._add(m.STEPS, stats.num_steps)
+        if num_steps := self._add(m.STEPS, stats.num_steps):
+            self._metrics.add(m.POLICY_STEPS, num_steps, reason=stats.speculation_reason)
         self._add(m.PREEMPTIONS, stats.num_preemptions)
 
     def _add(self, metric: Metric, total: int, **labels: str) -> int:
