@@ -42,8 +42,8 @@ class ReasonLog:
         self._told_s[reason] = now
         message = (
             "speculation is %s (%s): at best %.2f times the tokens per second of none; "
-            "%.2f of the head's guesses accepted at most at warm-up, gains at %.2f greedy, %.2f sampled of that"
+            "at warm-up %.2f of the head's guesses accepted at most, gains at %.2f greedy, %.2f sampled of warm-up's"
         )
-        is_poor = reason == "head" and most * max(levels) < _POOR
+        is_poor = reason == "head" and most * min(levels) < _POOR
         level = logging.WARNING if is_poor else logging.INFO
         _log.log(level, message, "on" if reason == "pays" else "off", REASONS[reason], ratio, most, *levels)

@@ -176,6 +176,13 @@ def test_a_random_head_needs_a_shape(tiny_target_dir: Path, tmp_path: Path) -> N
         run_engine_load(LoadBenchConfig(output_dir=tmp_path, model=str(tiny_target_dir), random_head=True), stderr)
 
 
+@pytest.mark.parametrize("given", [{"random_head": True}, {"num_draft_workers": 1}, {"transformers_at": (1,)}])
+def test_what_a_server_cannot_be_measured_with_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    plan = LoadPlan(output_lengths=(8,))
+    with pytest.raises(ValueError, match=f"{next(iter(given))} = "):
+        run_served_load(LoadBenchConfig(output_dir=tmp_path, plan=plan, **given), stderr)
+
+
 @pytest.mark.parametrize("loop", ["closed", "poisson", "trace"])
 def test_a_server_under_load(tmp_path: Path, loop: str) -> None:
     plan = LoadPlan(

@@ -136,7 +136,14 @@ def _draft_head(config: LoadBenchConfig, stack: ExitStack) -> str | None:
 
 
 def run_served_load(config: LoadBenchConfig, console: Console) -> dict[str, Any]:
-    """Servers over their APIs; writes the files and returns ``results.json``."""
+    """Servers over their APIs; writes the files and returns ``results.json``.
+
+    Raises:
+        ValueError: what only the engine in the process can be measured with.
+    """
+    for name in ("random_head", "transformers_at", "num_draft_workers"):
+        if getattr(config, name):
+            raise ValueError(f"{name} = {getattr(config, name)}: not over a network, only for the engine alone")
     tokenizer = Tokenizer.from_file(str(Path(config.model or DEFAULT_CHECKPOINT / "target") / "tokenizer.json"))
     others: list[LoadSystem] = []
     if config.openai is not None:
