@@ -112,4 +112,5 @@ def stage_times(engine: Engine, device: torch.device, *, repeats: int, warmups: 
         found["step"].append(time.perf_counter() - start)
     if len(engine.requests) < running:
         raise RuntimeError(f"{running - len(engine.requests)} of {running} requests ended while steps were timed")
-    return {stage: statistics.median(times) for stage, times in found.items()}
+    # Recorded steps have no stage of building.
+    return {stage: statistics.median(times) for stage, times in found.items() if times}

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
+from jetflow_cluster.bench import step
 from jetflow_cluster.bench.step import StepBenchConfig
 from jetflow_cluster.bench.step_engine import STAGES
 from jetflow_cluster.bench.step_floors import ModelBytes, Point
 from jetflow_cluster.bench.step_shapes import SHAPES, Shape, random_models
 from jetflow_cluster.cli import app
+from support.pretend_gpu import pretended_gpu
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -80,6 +83,18 @@ def test_a_run_on_tiny_shapes(tmp_path: Path) -> None:
                 assert row["time_us"] > 0
                 if row["num_bytes"]:
                     assert row["ratio_to_floor"] == pytest.approx(row["time_us"] / row["floor_us"])
+
+
+def test_steps_of_a_gpu_are_timed_from_graphs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"shape": "tiny", "dtype": torch.float64, "batch_sizes": (2,), "num_nodes": (1, 9), "prefix_lens": (40,)}
+    monkeypatch.setitem(step._COPY_BYTES, "cuda", 2**20)
+    with pretended_gpu(monkeypatch) as gpu:
+        config = StepBenchConfig(output_dir=tmp_path, device=CUDA, repeats=1, **given)
+        results = step.run_step_bench(config, Console())
+    assert results["skipped"] == [] and gpu.launches["build_tree.lay_out_rows_triton"] > 0
+    for nodes in (1, 9):
+        of = {row["stage"] for row in results["rows"] if row["num_nodes"] == nodes}
+        assert of >= {*STAGES, "step", "step from graphs", "attention by FlexAttention"} - {"draft"}
 
 
 def test_floors_alone_allocate_nothing(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_every_part(
 
     fp64 runs in plain torch between the kernels of trees, the others by kernels throughout.
     """
-    options = options_of(folders, dtype) | {"tree_nodes": tree_nodes, "num_pages": 7, "cuda_graphs": has_graphs}
+    options = options_of(folders, dtype) | {"tree_nodes": tree_nodes, "num_pages": 6, "cuda_graphs": has_graphs}
     repeating = [1, 2, 3, 4, 5, 6, 7] * 2
     force = SpeculationOptions(mode="force", max_tree_nodes=9)
     params = [

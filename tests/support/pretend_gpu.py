@@ -17,8 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 
+from jetflow_cluster.bench import step_engine
 from jetflow_cluster.engine import loading
 from jetflow_cluster.engine.graph_runner import Executing
 from jetflow_kernels.accept_tree import accept_tree_reference
@@ -27,6 +30,7 @@ from jetflow_kernels.build_tree import build_tree_reference, lay_out_rows_refere
 from jetflow_kernels.commit_kv.reference import commit_kv_reference
 from jetflow_kernels.philox_gumbel.reference import philox_gumbel_reference
 from jetflow_kernels.qk_norm_rope_store.cpu import qk_norm_rope_store_cpu
+from jetflow_kernels.shipped import check_head_dim
 from jetflow_kernels.tree_attention import StaticAttention
 from jetflow_kernels.tree_attention.metadata import TreeAttentionMetadata
 from jetflow_kernels.tree_attention.static import static_attention_torch
@@ -67,19 +71,41 @@ class PretendGpu(TorchFunctionMode):
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
     """Has ``device="cuda"`` mean this one. Steps are executed where they would be recorded."""
     gpu = PretendGpu()
-    done = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
-    monkeypatch.setattr(torch.cuda, "Event", lambda: done)
+    event = SimpleNamespace(record=lambda stream=None: None, synchronize=lambda: None, elapsed_time=lambda end: 1.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**32, 2**32))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
+    monkeypatch.setattr(torch, "Generator", _Generator)
+    monkeypatch.setattr(flex_attention, "create_block_mask", _dense_mask)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: _attend_densely)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    monkeypatch.setattr(loading, "CudaGraphs", lambda device: Executing())
+    for user in (loading, step_engine):
+        monkeypatch.setattr(user, "CudaGraphs", lambda device: Executing())
     for name, standing in _KERNELS.items():
         module, _, function = name.rpartition(".")
         kernel = importlib.import_module(f"jetflow_kernels.{module}.kernel")
         monkeypatch.setattr(kernel, function, _launched(gpu, name, standing))
     with gpu:
         yield gpu
+
+
+class _Generator(torch.Generator):
+    def __new__(cls, device: torch.device | None = None) -> _Generator:
+        return super().__new__(cls)
+
+
+def _dense_mask(sees: Callable[..., torch.Tensor], b: None, h: None, rows: int, keys: int, device: str) -> torch.Tensor:
+    row, key = (torch.arange(n, device=device) for n in (rows, keys))
+    return sees(b, h, row[:, None], key[None, :])
+
+
+def _attend_densely(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, block_mask: torch.Tensor, enable_gqa: bool
+) -> torch.Tensor:
+    """In the place of compiled FlexAttention."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=block_mask, enable_gqa=enable_gqa)
 
 
 def _launched(gpu: PretendGpu, name: str, standing: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,6 +122,7 @@ def _launched(gpu: PretendGpu, name: str, standing: Callable[..., Any]) -> Calla
 def _attend(
     metadata: TreeAttentionMetadata, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *, scale: float
 ) -> torch.Tensor:
+    check_head_dim("tree_attention", q.shape[2])
     plan = StaticAttention(num_rows=q.shape[0], page_size=k_pages.shape[1], metadata=metadata)
     return static_attention_torch(plan, q, k_pages, v_pages, scale=scale)
 
@@ -109,13 +136,12 @@ def _qk_norm_rope_store(
     *pages: torch.Tensor,
     **options: Any,
 ) -> torch.Tensor:
-    """Rows with negative slots are stored nowhere: once they are written, what was there is put back."""
-    slots = slot_mapping.clamp(min=0)
-    kept = [p.clone() for p in pages]
-    q = qk_norm_rope_store_cpu(qkv, norm_weight, cos, sin, slots, *pages, **options)
-    if 0 not in slot_mapping:
-        for p, was in zip(pages, kept, strict=True):
-            p[0, 0] = was[0, 0]
+    """What has a negative slot goes to one more page, which is left behind."""
+    longer = [torch.cat((p, p[:1])) for p in pages]
+    slots = torch.where(slot_mapping < 0, pages[0].shape[0] * pages[0].shape[1], slot_mapping)
+    q = qk_norm_rope_store_cpu(qkv, norm_weight, cos, sin, slots, *longer, **options)
+    for p, found in zip(pages, longer, strict=True):
+        p.copy_(found[:-1])
     return q
 
 
@@ -150,13 +176,13 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], waits: list[str]) -> Any:
     given = list(_tensors((args, kwargs)))
     is_own = any(isinstance(t, DeviceTensor) for t in given)
     target, args, kwargs = _target_of(name, args, kwargs)
+    if not is_own and (target is None or target.type != "cuda"):
+        return args[0] if name == "pin_memory" else func(*args, **kwargs)
     with torch._C.DisableTorchFunction():
         if is_own:
             _check(name, args, given)
             if _waits(name, args, kwargs, target):
                 waits.append(name)
-        elif name == "pin_memory":
-            return args[0]
         if name == "to" and target is not None and isinstance(args[0], DeviceTensor) is not (target.type == "cuda"):
             kwargs = kwargs | {"copy": True}
         if name == "cpu" and is_own:
