@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
+from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.graph_runner import GraphRunner
+from support.draft_workers import remote_heads, wait_for
 from support.joining import requests_of, run_joining
+from support.mixed_batches import make_requests
+from support.oracle import Oracle
 from support.pretend_gpu import CUDA, PretendGpu, pretended_gpu
-from support.small_models import write_head, write_target
+from support.rank_engines import run_on_ranks
+from support.small_models import EOS_ID, write_head, write_target
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +140,30 @@ def _steps(llm: LLM, gpu: PretendGpu, params: list[SamplingParams]) -> list[str]
     while llm.engine.has_work:
         llm.engine.step()
     return list(gpu.waits)
+
+
+def test_two_ranks(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    prompts, params = make_requests(4, max_tokens=10)
+    options = {"model": str(folders[0]), "draft_head": str(folders[1]), "dtype": "float64", "draft_dtype": "float64"}
+    found = run_on_ranks(EngineConfig(**options, device="cuda", num_pages=128), 2, prompts, params, tmp_path)
+    oracle = Oracle(folders[0], torch.float64, frozenset({EOS_ID}), 256)
+    assert found == [oracle.complete(p, s)[0] for p, s in zip(prompts, params, strict=True)]
+
+
+def test_draft_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two, so that one asks the other for draft context."""
+    params = [SamplingParams(max_tokens=12, ignore_eos=True, temperature=t, seed=3) for t in (0.0, 0.9)]
+    prompts = [[1, 2, 3, 4], [7] * 20]
+    with remote_heads(tmp_path) as setup:
+        expected = [output.token_ids for output in setup.llm(device="cpu").generate(prompts, params)]
+        setup.config = replace(setup.config, device="cuda")
+        with pretended_gpu(monkeypatch):
+            llm = setup.llm(device="cuda")
+            for i in range(2):
+                setup.start_worker(f"worker-{i}")
+                wait_for(setup, i + 1)
+            assert [output.token_ids for output in llm.generate(prompts, params)] == expected
+            assert llm.stats().num_drafted_steps > 5
 
 
 def test_what_a_gpu_would_refuse(monkeypatch: pytest.MonkeyPatch) -> None:

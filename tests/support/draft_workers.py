@@ -19,6 +19,7 @@ from jetflow_cluster.engine.draft_link import DraftWorker, LinkListener
 from jetflow_cluster.engine.loading import load_draft_fuser, load_draft_worker
 from jetflow_cluster.engine.remote_drafter import RemoteDrafter
 from jetflow_cluster.models.registry import TargetModel
+from support.pretend_gpu import device_of
 from support.small_models import write_head, write_target
 
 PAGES, PAGE = 64, 16
@@ -53,8 +54,12 @@ class RemoteHeads:
         drafter = load_draft_worker(self.config, num_pages=PAGES)
         worker = DraftWorker(drafter, page_size=PAGE, name=name, described={"num_pages": PAGES})
         worker.connect(self.listener.address, SECRET)
-        threading.Thread(target=worker.run, daemon=True).start()
+        threading.Thread(target=self._serve, args=(worker,), daemon=True).start()
         return worker
+
+    def _serve(self, worker: DraftWorker) -> None:
+        with device_of(self.config):
+            worker.run()
 
 
 @contextmanager

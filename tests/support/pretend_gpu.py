@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,7 @@ from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 
 from jetflow_cluster.bench import step_engine
+from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine import loading
 from jetflow_cluster.engine.graph_runner import Executing
 from jetflow_kernels.accept_tree import accept_tree_reference
@@ -89,6 +90,12 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
         monkeypatch.setattr(kernel, function, _launched(gpu, name, standing))
     with gpu:
         yield gpu
+
+
+def device_of(config: EngineConfig) -> AbstractContextManager[object]:
+    """What another process, or thread, enters so that the configured device is there, pretended where it must be."""
+    is_pretended = config.device == "cuda" and not torch.cuda.is_available()
+    return pretended_gpu(pytest.MonkeyPatch()) if is_pretended else nullcontext()
 
 
 class _Generator(torch.Generator):

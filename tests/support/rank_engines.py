@@ -20,6 +20,7 @@ from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.engine.loading import load_follower
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
+from support.pretend_gpu import device_of
 
 Work = list[tuple[list[int], SamplingParams]]
 
@@ -42,7 +43,8 @@ def leave() -> NoReturn:
 def _follow(rank: int, size: int, store: str, config: EngineConfig, address: tuple[str, int], secret: bytes) -> None:
     tp = _join(rank, size, store)
     channel = FollowerChannel(address, secret)
-    load_follower(config, tp=tp, channel=channel).run()
+    with device_of(config):
+        load_follower(config, tp=tp, channel=channel).run()
     leave()
 
 
@@ -51,6 +53,16 @@ def _lead(size: int, store: str, config: EngineConfig, work: Work, secret: bytes
     addresses.put(channel.address)
     tp = _join(0, size, store)
     channel.accept(size - 1)
+    with device_of(config):
+        found = _complete(config, tp, channel, work)
+    channel.close()
+    results.put(found)
+    results.close()
+    results.join_thread()
+    leave()
+
+
+def _complete(config: EngineConfig, tp: TpGroup, channel: LeaderChannel, work: Work) -> dict[str, list[int]]:
     frontend = EngineFrontend(config, tp=tp, channel=channel, tree_nodes={1: 16})
     for i, (prompt, params) in enumerate(work):
         frontend.engine.add(frontend.make_request(str(i), prompt, params))
@@ -58,11 +70,7 @@ def _lead(size: int, store: str, config: EngineConfig, work: Work, secret: bytes
     while frontend.engine.has_work:
         for delta in frontend.engine.step():
             found.setdefault(delta.request_id, []).extend(delta.token_ids)
-    channel.close()
-    results.put(found)
-    results.close()
-    results.join_thread()
-    leave()
+    return found
 
 
 def run_on_ranks(
