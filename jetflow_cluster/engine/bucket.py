@@ -30,6 +30,8 @@ class Bucket:
     has_taps: bool
     #: The draft head runs; without it trees hold what requests' own texts say.
     has_head: bool = False
+    #: Some request's draft context does not begin with its first token.
+    has_gaps: bool = False
     #: Guesses from requests' own texts are mixed in.
     has_lookup: bool = False
     #: Scores are calibrated, and trees are cut where they no longer pay.
@@ -64,6 +66,8 @@ def input_fields(bucket: Bucket) -> Fields:
         "numbers": ((requests, 5), torch.int64),
         "factors": ((requests, 6), torch.float64),
     }
+    if bucket.has_gaps:
+        fields |= {"gap_pages": ((requests,), torch.int32)}
     if bucket.has_lookup:
         fields |= {
             "guess_ids": ((requests, MAX_LOOKUP_DEPTH), torch.int64),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -125,6 +125,8 @@ class GraphRunner:
         """One step; from a bucket where one serves it. See `Compute`."""
         if not self.serves(plan):
             return self._compute_eagerly(plan, meanwhile)
+        if plan.speculates:
+            plan = replace(plan, items=tuple(map(_before_context, plan.items)))
         lookup = self._lookup()
         looks = lookup.look(plan) if lookup is not None and plan.speculates else [None] * len(plan.items)
         parts = [StaticPart(item, look) for item, look in zip(plan.items, looks, strict=True)]
@@ -145,7 +147,7 @@ class GraphRunner:
         growing = [item for item in decoding if item.max_tree_nodes > 1]
         if not growing:
             return True
-        if self.drafter is None or not all(_has_whole_context(item) for item in decoding):
+        if self.drafter is None or not all(_has_context(item) for item in decoding):
             return False
         if max(item.max_tree_nodes for item in growing) > NODES[-1] or plan.tree_budget > ROWS_PER_BUCKET[-1]:
             return False
@@ -169,6 +171,7 @@ class GraphRunner:
             has_filters=any(has_filters(p) for p in params),
             has_taps=nodes > 1 or wants_taps,
             has_head=any(part.asks_head for part in parts),
+            has_gaps=any(part.gap for part in parts),
             has_lookup=nodes > 1 and any(part.look is not None and part.num_nodes > 1 for part in parts),
             has_price=nodes > 1 and plan.row_costs is not None,
             keeps_logits=any(p.logprobs is not None for p in params),
@@ -283,7 +286,9 @@ class GraphRunner:
         if self.drafter is None or not item.keeps_context:
             return
         request = item.request
-        if fused is None:
+        if not request.has_draft_context and fused is None:
+            request.keep_context(num_kept)
+        elif fused is None:
             request.draft_len = request.fused_len = request.num_computed + num_kept
         elif not request.keep_context(1):
             request.pending_fused.append(fused)
@@ -383,9 +388,16 @@ def _changes(parts: Sequence[StaticPart]) -> dict[str, int]:
     return {"num_changed": _at_least(CHANGED, changed), "num_barred": _at_least(BARRED, barred)}
 
 
-def _has_whole_context(item: ScheduledRequest) -> bool:
-    """A draft context that goes on is there from the first token to the anchor."""
-    return not item.keeps_context or (item.request.has_draft_context and item.request.draft_start == 0)
+def _has_context(item: ScheduledRequest) -> bool:
+    """A draft context that goes on is there up to the anchor, or begins anew further on."""
+    return not item.keeps_context or item.request.has_draft_context or item.request.num_unkept > 0
+
+
+def _before_context(item: ScheduledRequest) -> ScheduledRequest:
+    """So shallow that no path reaches a draft context that begins anew."""
+    if not _decodes(item) or not item.keeps_context or item.request.has_draft_context:
+        return item
+    return replace(item, max_depth=min(item.max_depth, item.request.num_unkept - 1))
 
 
 def _at_least(sizes: Sequence[int], value: int) -> int:

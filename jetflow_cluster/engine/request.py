@@ -126,6 +126,13 @@ class Request:
         """True when the draft context, with what waits, reaches up to the anchor."""
         return self.draft_start < self.fused_len == self.num_computed
 
+    @property
+    def num_unkept(self) -> int:
+        """How many of the next committed tokens `keep_context` would leave out, however many they are."""
+        if self.fused_len < self.num_computed:
+            return -self.num_computed % self.pages.page_size
+        return self.fused_len - self.num_computed
+
     def keep_context(self, num_rows: int) -> int:
         """Counts the next `num_rows` committed tokens, from `num_computed` on, as ones whose fused vectors are known.
 

@@ -57,7 +57,7 @@ class StaticInputs:
         host["anchor_ids"][:num] = [request.token_ids[-1] for request in requests]
         host["context_lens"][:num] = [part.context_len for part in parts]
         host["numbers"][:num, 1] = [len(request.token_ids) for request in requests]
-        host["has_context"][:num] = [part.item.keeps_context and not part.is_prompt for part in parts]
+        host["has_context"][:num] = [part.adds_context for part in parts]
         host["limits"][:num] = [
             (0, 0, 0, 0)
             if part.is_prompt
@@ -65,6 +65,9 @@ class StaticInputs:
             for part in parts
         ]
         host["budget"][0] = budget
+        if bucket.has_gaps:
+            page_size = self._step.target.page_size
+            host["gap_pages"][:num] = [part.gap // page_size for part in parts]
         if bucket.has_changes:
             self._write_changes(requests)
         if bucket.has_lookup:
@@ -93,7 +96,7 @@ class StaticInputs:
         self._held[row] = (request.arrival, request.num_preemptions, len(pages))
 
     def _let_go(self, row: int) -> None:
-        for name in _COLUMNS:
+        for name in (*_COLUMNS, *(("gap_pages",) if self._step.bucket.has_gaps else ())):
             self._host[name][row] = self._scratch_page if name == "page_table" else 0
         self._held[row] = _NOBODY
 

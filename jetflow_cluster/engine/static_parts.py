@@ -40,6 +40,16 @@ class StaticPart:
         return self.item.asks_head and not self.is_alone
 
     @property
+    def adds_context(self) -> bool:
+        """The path's tokens go on with a draft context."""
+        return self.item.keeps_context and not self.is_prompt and self.item.request.has_draft_context
+
+    @property
+    def gap(self) -> int:
+        """Tokens before the draft context that the head reads."""
+        return self.item.request.draft_start if self.asks_head else 0
+
+    @property
     def num_nodes(self) -> int:
         """Where nobody guesses there is the root alone."""
         return self.item.max_tree_nodes if self.asks_head or self.is_alone else 1

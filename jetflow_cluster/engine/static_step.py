@@ -34,10 +34,10 @@ class StaticStep:
 
     Inputs by name: ``anchor_ids``, the last committed tokens; ``context_lens``, tokens in the cache (0 for requests
     that are not there); ``limits`` and ``budget``, as `TreeLimits` has them, where most nodes are 0 for such requests;
-    ``has_context``, 1 for requests whose draft context is to be kept; ``page_table``, the scratch page where there is
-    no page; ``numbers``, ``factors`` and what is changed and barred, as `SamplingTable` has them. Guesses from
-    requests' own texts as `mix_on_device` takes them; ``maps`` and ``kinds`` as `calibrate_on_device` does;
-    ``row_costs``, as `TreeLimits` has them.
+    ``has_context``, 1 for requests whose draft context is to be kept; ``gap_pages``, pages before it; ``page_table``,
+    the scratch page where there is no page; ``numbers``, ``factors`` and what is changed and barred, as `SamplingTable`
+    has them. Guesses from requests' own texts as `mix_on_device` takes them; ``maps`` and ``kinds`` as
+    `calibrate_on_device` does; ``row_costs``, as `TreeLimits` has them.
 
     Outputs by name: ``nodes``, ``token_ids`` and ``lengths``, as `WalkBuffers` has them; ``counts``, the trees' nodes;
     ``num_shared``, as `shared_on_device` gives it;
@@ -176,11 +176,15 @@ class StaticStep:
         requests, num_slots = self.bucket.num_requests, config.block_size
         self._block_ids = torch.full((requests, num_slots), config.mask_token_id, dtype=torch.int64, device=device)
         self._block_steps = torch.arange(num_slots, device=device)
+        table = self.inputs.device["page_table"]
+        #: Pages of the draft contexts.
+        self._context_table = torch.zeros_like(table) if self.bucket.has_gaps else table
+        self._pages = torch.arange(table.shape[1], device=device)
         self._block_attention = block_attention(
             _head_layout(self.drafter.kv, config.num_heads // (config.num_kv_heads // self.drafter.kv.shape[4])),
             num_requests=requests,
             rows_per_request=num_slots,
-            page_table=self.inputs.device["page_table"],
+            page_table=self._context_table,
             page_size=self._page_size,
             mode=CHAIN if config.causal else ALL,
         )
@@ -212,7 +216,7 @@ class StaticStep:
         inputs, drafter = self.inputs.device, self.drafter
         self._block_ids[:, 0].copy_(inputs["anchor_ids"])
         context = inputs["context_lens"]
-        self._block_attention.metadata.requests[:, 2].copy_(context)
+        self._block_attention.metadata.requests[:, 2].copy_(self._draft_lens())
         positions = context.long()[:, None] + self._block_steps
         slots = self._slots(positions, (inputs["has_context"] > 0)[:, None])
         batch = ForwardBatch(
@@ -239,6 +243,16 @@ class StaticStep:
             sidecar.config.sharpness if sidecar is not None else 1.0,
         )
         return Candidates(ids=ids.contiguous(), scores=scores.contiguous())
+
+    def _draft_lens(self) -> torch.Tensor:
+        """Tokens of the draft contexts int32 ``[R]``; their pages are put to the front of their table."""
+        inputs = self.inputs.device
+        if not self.bucket.has_gaps:
+            return inputs["context_lens"]
+        gaps = inputs["gap_pages"]
+        pages = (self._pages + gaps[:, None]).clamp_max(len(self._pages) - 1)
+        self._context_table.copy_(inputs["page_table"].gather(1, pages))
+        return inputs["context_lens"] - gaps * self._page_size
 
     def _build(self, candidates: Candidates) -> None:
         inputs = self.inputs.device

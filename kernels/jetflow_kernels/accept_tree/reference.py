@@ -56,8 +56,8 @@ def _scores(logits: torch.Tensor, table: SamplingTable, r: int, path: list[int])
         num_kept = 1 + int((mass[:-1] < top_p * mass[-1]).sum())
     scores[best.indices[num_kept:]] = float("-inf")
     scores[scores < best.values[0] + log_min_p] = float("-inf")
-    numbers = torch.tensor((seed, position + len(path)), device=scores.device)
-    return scores + philox_gumbel_reference(*numbers, torch.arange(len(scores), device=scores.device))
+    key, at = torch.tensor((seed, position + len(path)), device=scores.device).unbind()
+    return scores + philox_gumbel_reference(key, at, torch.arange(len(scores), device=scores.device))
 
 
 def commit_slots_reference(
