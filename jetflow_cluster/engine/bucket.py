@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,18 @@ import torch
 from jetflow_cluster.engine.staging import Fields
 from jetflow_cluster.engine.value_model import NUM_DEPTHS, NUM_KNOTS
 from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH
+
+#: Sizes of buckets; a batch takes the smallest that holds it.
+REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+NODES = (1, 8, 16, 32, 64, 128, 256, 512)
+ROWS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
+CHANGED = (16, 64, 256, 1024, 4096, 16384, 65536)
+BARRED = (4, 16, 64)
+
+
+def at_least(sizes: Sequence[int], value: int) -> int:
+    """The smallest of ascending sizes that holds so many, or the last one."""
+    return sizes[min(bisect_left(sizes, value), len(sizes) - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ where there is none the same launches are executed instead of replayed.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -15,7 +14,7 @@ from typing import Protocol
 import torch
 
 from jetflow_cluster.engine.batch import wants_prompt_logprobs
-from jetflow_cluster.engine.bucket import TREE_COLUMNS, Bucket
+from jetflow_cluster.engine.bucket import BARRED, CHANGED, NODES, REQUESTS, ROWS, TREE_COLUMNS, Bucket, at_least
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.engine import Engine
 from jetflow_cluster.engine.lookup import ContextLookup
@@ -25,19 +24,13 @@ from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.static_inputs import StaticInputs
 from jetflow_cluster.engine.static_parts import StaticPart, note_guesses
 from jetflow_cluster.engine.static_step import StaticStep
+from jetflow_cluster.engine.step_scratch import StepScratch
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.layers.sampler import token_logprobs
 from jetflow_cluster.layers.sampling_row import has_penalties
 from jetflow_cluster.layers.walk_table import has_filters
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.draft_tree import DraftTree
-
-#: Sizes of buckets; a batch takes the smallest that holds it.
-REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-NODES = (1, 8, 16, 32, 64, 128, 256, 512)
-CHANGED = (16, 64, 256, 1024, 4096, 16384, 65536)
-BARRED = (4, 16, 64)
-ROWS_PER_BUCKET = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 
 
 class Recorder(Protocol):
@@ -94,6 +87,8 @@ class GraphRunner:
         drafter: with a scratch page; None does not speculate.
         compute_eagerly: computes the steps that no bucket serves.
         max_len: longest prompt plus output.
+        max_requests: running at a time.
+        max_rows: of all trees of a step.
         recorder: of the device.
         budget: the policy in force, asked before each step.
         lookup: the source of guesses beside the drafter, asked before each step.
@@ -106,6 +101,8 @@ class GraphRunner:
         compute_eagerly: Compute,
         *,
         max_len: int,
+        max_requests: int,
+        max_rows: int,
         recorder: Recorder,
         budget: Callable[[], BudgetPolicy],
         lookup: Callable[[], ContextLookup | None],
@@ -118,6 +115,13 @@ class GraphRunner:
         self._compute_eagerly, self._recorder = compute_eagerly, recorder
         self._budget, self._lookup = budget, lookup
         scratch_rows = max(NODES[-1], drafter.num_scratch_rows if drafter is not None else 1)
+        self._scratch = StepScratch(
+            max_requests=max_requests,
+            max_rows=max_rows,
+            vocab_size=target.model.config.vocab_size,
+            dtype=target.model.dtype,
+            device=target.device,
+        )
         self._num_pages = -(-(max_len + scratch_rows) // target.page_size)
         self._steps: dict[Bucket, _Recorded] = {}
 
@@ -149,7 +153,7 @@ class GraphRunner:
             return True
         if self.drafter is None or not all(_has_context(item) for item in decoding):
             return False
-        if max(item.max_tree_nodes for item in growing) > NODES[-1] or plan.tree_budget > ROWS_PER_BUCKET[-1]:
+        if max(item.max_tree_nodes for item in growing) > NODES[-1] or plan.tree_budget > ROWS[-1]:
             return False
         # Trees with a price and trees without one are built apart.
         is_priced = self._budget().maps is not None and any(item.is_priced for item in growing)
@@ -157,9 +161,9 @@ class GraphRunner:
 
     def bucket_for(self, plan: StepPlan, parts: Sequence[StaticPart]) -> Bucket:
         """The smallest bucket that holds the requests that choose a token in a plan that is served."""
-        nodes = _at_least(NODES, max(part.num_nodes for part in parts))
-        requests = _at_least(REQUESTS, len(parts))
-        rows = requests if nodes == 1 else _at_least(ROWS_PER_BUCKET, max(plan.tree_budget, len(parts)))
+        nodes = at_least(NODES, max(part.num_nodes for part in parts))
+        requests = at_least(REQUESTS, len(parts))
+        rows = requests if nodes == 1 else at_least(ROWS, max(plan.tree_budget, len(parts)))
         params = [part.item.request.params for part in parts]
         wants_taps = self.drafter is not None and any(item.keeps_context for item in plan.items)
         return Bucket(
@@ -181,7 +185,7 @@ class GraphRunner:
     def _bucket(self, bucket: Bucket, *, is_replayed: bool) -> _Recorded:
         found = self._steps.get(bucket)
         if found is None:
-            step = StaticStep(bucket, self.target, self.drafter)
+            step = StaticStep(bucket, self.target, self.drafter, self._scratch)
             inputs = StaticInputs(step, self.target.scratch_slot // self.target.page_size)
             found = self._steps[bucket] = _Recorded(step=step, inputs=inputs)
         if is_replayed and found.replay is None:
@@ -318,6 +322,8 @@ def serve_from_graphs(engine: Engine, *, max_len: int, recorder: Recorder) -> Gr
         drafter,
         engine.compute_eagerly,
         max_len=max_len,
+        max_requests=engine.scheduler.max_requests,
+        max_rows=engine.scheduler.max_rows,
         recorder=recorder,
         budget=lambda: engine.scheduler.budget,
         lookup=lambda: engine.lookup,
@@ -385,7 +391,7 @@ def _changes(parts: Sequence[StaticPart]) -> dict[str, int]:
     changed, barred = max(map(_num_changed, requests)), max(map(_num_barred, requests))
     if not changed and not barred:
         return {}
-    return {"num_changed": _at_least(CHANGED, changed), "num_barred": _at_least(BARRED, barred)}
+    return {"num_changed": at_least(CHANGED, changed), "num_barred": at_least(BARRED, barred)}
 
 
 def _has_context(item: ScheduledRequest) -> bool:
@@ -398,7 +404,3 @@ def _before_context(item: ScheduledRequest) -> ScheduledRequest:
     if not _decodes(item) or not item.keeps_context or item.request.has_draft_context:
         return item
     return replace(item, max_depth=min(item.max_depth, item.request.num_unkept - 1))
-
-
-def _at_least(sizes: Sequence[int], value: int) -> int:
-    return sizes[min(bisect_left(sizes, value), len(sizes) - 1)]

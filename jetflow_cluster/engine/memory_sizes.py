@@ -14,6 +14,7 @@ from torch import nn
 from jetflow_cluster.cache.kv_cache import bytes_per_page, kv_dtype
 from jetflow_cluster.config import DEFAULT_MAX_TREE_NODES, MAX_WIDTH, EngineConfig
 from jetflow_cluster.engine.memory_plan import MemoryItem
+from jetflow_cluster.engine.step_scratch import largest_bucket
 from jetflow_cluster.layers.embedding import ParallelLmHead
 from jetflow_cluster.layers.linear import Linear, QkvLinear, is_packable
 from jetflow_cluster.models.config import TransformerConfig
@@ -104,9 +105,10 @@ def graph_item(
     pool = activation_item(target, head, num_taps, limits, device).num_bytes
     vocab_size = target.config.vocab_size
     # Best scores and tokens of 1024 tokens each, and rows of scores in fp64, twice.
-    walk = limits.num_rows * -(-vocab_size // 1024) * 12 + limits.num_requests * vocab_size * 16
+    requests, rows = largest_bucket(limits.num_requests, limits.num_rows)
+    walk = rows * -(-vocab_size // 1024) * 12 + requests * vocab_size * 16
     # Where log-probabilities are asked for.
-    kept = limits.num_rows * vocab_size * target.dtype.itemsize
+    kept = (rows + requests) * vocab_size * target.dtype.itemsize
     detail = "the pool of recorded steps, their walks, and logits that are kept"
     return MemoryItem(name="graphs", num_bytes=pool + walk + kept, detail=detail)
 

@@ -69,9 +69,11 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
-        self._max_rows = max_num_batched_tokens
+        #: Of one step.
+        self.max_rows = max_num_batched_tokens
         self._max_chunk = max_prompt_chunk or max_num_batched_tokens
-        self._max_requests = max_num_requests
+        #: Running at a time.
+        self.max_requests = max_num_requests
         self.max_draft_depth = max_draft_depth
         self._num_scratch_rows = num_scratch_rows
         self._needs_draft_context = needs_draft_context
@@ -104,11 +106,11 @@ class Scheduler:
                 items[request.arrival] = item
             else:
                 self._schedule_decode(request, ahead.allowances[request.arrival], items)
-        rows_left = self._max_rows - sum(item.budget_share for item in items.values())
+        rows_left = self.max_rows - sum(item.budget_share for item in items.values())
         for request in [r for r in self.running if r.num_remaining_rows > 1]:
             if rows_left > 0 and request.status is RequestStatus.RUNNING:
                 rows_left -= self._schedule_chunk(request, rows_left, items)
-        while self.waiting and rows_left > 0 and len(self.running) < self._max_requests:
+        while self.waiting and rows_left > 0 and len(self.running) < self.max_requests:
             request = self.waiting[0]
             if not self._admit(request):
                 break
@@ -201,7 +203,7 @@ class Scheduler:
     def _fair_share(self, num_decoding: int, *, has_prompts: bool) -> int:
         """Rows that one decoding request may use, so that all fit and no prompt, those that wait included, is
         starved."""
-        share = self._max_rows // 2 if has_prompts or self.waiting else self._max_rows
+        share = self.max_rows // 2 if has_prompts or self.waiting else self.max_rows
         return max(1, share // max(1, num_decoding))
 
     def _allowances(self, decoding: Sequence[Request], fair_nodes: int) -> dict[int, Allowance]:
@@ -219,7 +221,7 @@ class Scheduler:
                 found[request.arrival] = Allowance(keeps_context=False)
         if auto:
             computing = [r for r in self.running if r.num_remaining_rows > 1] + list(self.waiting)[:1]
-            num_prompt_rows = min(sum(r.num_remaining_rows for r in computing), self._max_rows // 2)
+            num_prompt_rows = min(sum(r.num_remaining_rows for r in computing), self.max_rows // 2)
             load = DecodeLoad(
                 requests=auto,
                 num_decoding=len(decoding),

@@ -17,6 +17,7 @@ from jetflow_cluster.engine.device_lookup import mix_on_device, shared_on_device
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.prompt_rows import PromptRows
 from jetflow_cluster.engine.staging import Staging
+from jetflow_cluster.engine.step_scratch import StepScratch
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.models.batch import ForwardBatch
 from jetflow_cluster.tree.build import MIN_SCORE
@@ -44,7 +45,7 @@ class StaticStep:
     ``tree_token_ids``, ``tree_parents``, ``tree_depths`` and ``tree_scores``, as `TreeBuffers` has them.
     """
 
-    def __init__(self, bucket: Bucket, target: TargetRunner, drafter: HeadDrafter | None):
+    def __init__(self, bucket: Bucket, target: TargetRunner, drafter: HeadDrafter | None, scratch: StepScratch):
         if bucket.has_trees and drafter is None:
             raise ValueError(f"{bucket}: trees need a draft head")
         self.bucket, self.target, self.drafter = bucket, target, drafter
@@ -63,12 +64,9 @@ class StaticStep:
         #: As the last step left them.
         self.trees = self._tree_buffers()
         #: Of the last step's rows, then of its prompts' ends, where they are kept.
-        self.logits: torch.Tensor | None = None
-        if bucket.keeps_logits:
-            shape = (bucket.num_rows + bucket.num_requests, self._vocab_size)
-            self.logits = torch.empty(shape, dtype=target.model.dtype, device=target.device)
+        self.logits = scratch.logits[: bucket.num_rows + bucket.num_requests] if bucket.keeps_logits else None
         self._prepare_rows()
-        self._prepare_walk()
+        self._prepare_walk(scratch)
         self._no_candidates = self._blank_candidates()
         if bucket.has_head:
             self._prepare_blocks()
@@ -121,19 +119,22 @@ class StaticStep:
             ancestor_bits=self._layout.ancestor_bits,
         )
 
-    def _prepare_walk(self) -> None:
+    def _prepare_walk(self, scratch: StepScratch) -> None:
         """Tensors of the walk and of what it moves."""
         bucket, device = self.bucket, self.target.device
+        is_processed = bucket.has_filters or bucket.has_changes
         walk = WalkBuffers.allocate(
             num_requests=bucket.num_requests,
             num_levels=self._num_levels,
             # Ends of prompts choose as well.
             num_rows=bucket.num_rows + bucket.num_requests,
             vocab_size=self._vocab_size,
-            is_processed=bucket.has_filters or bucket.has_changes,
+            is_processed=False,
             device=device,
         )
         read = {name: self.outputs.device[name] for name in ("nodes", "token_ids", "lengths")}
+        if is_processed:
+            read["scores"], read["shortlist"] = scratch.scores[:, : bucket.num_requests]
         self._walk = WalkBuffers(**vars(walk) | read)
         self._table = self._sampling_table() if bucket.has_noise or bucket.has_changes else None
         slots = (bucket.num_requests, self._num_levels)

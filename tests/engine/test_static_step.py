@@ -76,6 +76,9 @@ def test_same_tokens_as_eager_steps(eager: LLM, static: tuple[LLM, GraphRunner],
     assert runner.num_mixed_steps > 3
     buckets = list(runner._steps)
     assert any(bucket.has_changes and bucket.keeps_logits for bucket in buckets) is (kind == "changed")
+    kept = [recorded.step.logits for recorded in runner._steps.values() if recorded.step.logits is not None]
+    assert len({logits.data_ptr() for logits in kept}) <= 1, "one room for all"
+    assert (len(kept) > 1) is (kind == "changed")
     assert len({bucket.num_requests for bucket in buckets}) > 1
     assert len({bucket.num_nodes for bucket in buckets}) > 1
     assert llm.stats().num_used_pages == 0
