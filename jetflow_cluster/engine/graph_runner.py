@@ -32,6 +32,10 @@ from jetflow_cluster.layers.walk_table import has_filters
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.draft_tree import DraftTree
 
+#: Buckets whose steps are kept. Those that were not needed for longest give way, so that a server that has seen every
+#: kind of batch holds no more memory than one that has seen some.
+MAX_KEPT = 128
+
 
 class Recorder(Protocol):
     """Turns launches into something that does them again."""
@@ -64,7 +68,8 @@ class CudaGraphs:
                 launches()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads, such as NCCL's, may go on talking to the device.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             launches()
         return graph.replay
 
@@ -123,6 +128,7 @@ class GraphRunner:
             device=target.device,
         )
         self._num_pages = -(-(max_len + scratch_rows) // target.page_size)
+        #: The last needed is last.
         self._steps: dict[Bucket, _Recorded] = {}
 
     def compute(self, plan: StepPlan, meanwhile: Callable[[], None]) -> StepOutcome:
@@ -183,11 +189,14 @@ class GraphRunner:
         )
 
     def _bucket(self, bucket: Bucket, *, is_replayed: bool) -> _Recorded:
-        found = self._steps.get(bucket)
+        found = self._steps.pop(bucket, None)
         if found is None:
+            while len(self._steps) >= MAX_KEPT:
+                del self._steps[next(iter(self._steps))]
             step = StaticStep(bucket, self.target, self.drafter, self._scratch)
             inputs = StaticInputs(step, self.target.scratch_slot // self.target.page_size)
-            found = self._steps[bucket] = _Recorded(step=step, inputs=inputs)
+            found = _Recorded(step=step, inputs=inputs)
+        self._steps[bucket] = found
         if is_replayed and found.replay is None:
             found.inputs.clear()
             found.replay = self._recorder.record(found.step.run)

@@ -18,7 +18,12 @@ from rich.console import Console
 
 from jetflow_cluster.training.corpus import MIXTURE, function_headers
 from jetflow_cluster.training.pretrain import bits_per_byte, distinct_4grams
-from jetflow_cluster.training.regenerate import continue_prompts, load_causal_lm, load_tokenizer
+from jetflow_cluster.training.regenerate import (
+    check_same_tokenizer,
+    continue_prompts,
+    load_causal_lm,
+    load_tokenizer,
+)
 
 END_OF_TEXT_ID = 0
 #: Enough for all held-out library files; of the larger parts the beginning is taken.
@@ -111,7 +116,12 @@ def continuations(target: Path, corpus_dir: Path, *, num: int, num_tokens: int) 
 
 def measure_quality(target: Path, corpus_dir: Path, *, num: int = 100, num_tokens: int = 96) -> dict[str, Any]:
     """Bits per byte of every held-out part, the share of continuations that parse, mean distinct 4-grams, and the
-    continuations themselves."""
+    continuations themselves.
+
+    Raises:
+        ValueError: the corpus was encoded with another tokenizer than the target's.
+    """
+    check_same_tokenizer(corpus_dir, target)
     model = load_causal_lm(target, torch.float32)
     bits = {
         f"test.{source}": round(bits_per_byte(model, corpus_dir, "test", source, MAX_TOKENS_OF_A_PART), 4)

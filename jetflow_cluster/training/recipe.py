@@ -6,7 +6,9 @@ Every stage is skipped when its result is there, and an interrupted one goes on 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import math
 import os
 import platform
 import shutil
@@ -92,20 +94,21 @@ def evaluation_config(folder: Path, head: Path) -> EvaluateConfig:
 
 
 def compare_causality(config: DistillConfig, minutes: float, device: str) -> dict[str, Any]:
-    """Trains a causal and a bidirectional head alike and evaluates them side by side."""
-    folder = config.output_dir.parent
-    heads = {}
-    for name, causal in (("causal", True), ("bidirectional", False)):
-        output = folder / "comparison" / name
-        heads[name] = distill(
-            replace(config, causal=causal, output_dir=output, max_minutes=minutes, measure_every_minutes=100),
-            device=device,
-        )
+    """Trains a causal head for some minutes, a bidirectional one on as many blocks, and evaluates them side by side."""
+    folder = config.output_dir.parent / "comparison"
+    config = replace(config, measure_every_minutes=100)
+    heads = {
+        "causal": distill(replace(config, output_dir=folder / "causal", max_minutes=minutes), device=device),
+    }
+    with (folder / "causal" / "distill.csv").open() as log:
+        num_blocks = int([row["blocks"] for row in csv.DictReader(log)][-1])
+    alike = replace(config, causal=False, max_minutes=math.inf, max_blocks=num_blocks)
+    heads["bidirectional"] = distill(replace(alike, output_dir=folder / "bidirectional"), device=device)
     return evaluate(
         replace(
-            evaluation_config(folder, heads["causal"]),
+            evaluation_config(folder.parent, heads["causal"]),
             bidirectional_head=heads["bidirectional"],
-            output_dir=folder / "comparison",
+            output_dir=folder,
         )
     )
 

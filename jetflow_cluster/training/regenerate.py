@@ -56,8 +56,7 @@ def read_streams(source: Path, target: Path, split: str = "train") -> list[tuple
         ValueError: a corpus folder was encoded with another tokenizer than the target's.
     """
     if source.is_dir():
-        if load_tokenizer(source).to_str() != load_tokenizer(target).to_str():
-            raise ValueError(f"{source}: encoded with another tokenizer than that of {target}")
+        check_same_tokenizer(source, target)
         return [
             (np.fromfile(source / f"{split}.{part}.bin", dtype=np.uint16).astype(np.int32), share)
             for part, share in CORPUS_SHARES.items()
@@ -66,6 +65,12 @@ def read_streams(source: Path, target: Path, split: str = "train") -> list[tuple
         return None
     ids = load_tokenizer(target).encode(source.read_text(encoding="utf-8"), add_special_tokens=False).ids
     return [(np.array(ids, dtype=np.int32), 1.0)]
+
+
+def check_same_tokenizer(corpus: Path, target: Path) -> None:
+    """Raises ValueError where a corpus folder was encoded with another tokenizer than the target's."""
+    if load_tokenizer(corpus).to_str() != load_tokenizer(target).to_str():
+        raise ValueError(f"{corpus}: encoded with another tokenizer than that of {target}")
 
 
 def load_tokenizer(target: Path) -> Any:

@@ -12,7 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
-from jetflow_cluster.engine import static_step
+from jetflow_cluster.engine import graph_runner, static_step
+from jetflow_cluster.engine.bucket import Bucket
 from jetflow_cluster.engine.budget import FixedBudget
 from jetflow_cluster.engine.device_builder import value_table
 from jetflow_cluster.engine.graph_runner import GraphRunner
@@ -82,6 +83,22 @@ def test_same_tokens_as_eager_steps(eager: LLM, static: tuple[LLM, GraphRunner],
     assert len({bucket.num_requests for bucket in buckets}) > 1
     assert len({bucket.num_nodes for bucket in buckets}) > 1
     assert llm.stats().num_used_pages == 0
+
+
+def test_buckets_that_nobody_needs_give_way(
+    eager: LLM, static: tuple[LLM, GraphRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_runner, "MAX_KEPT", 2)
+    llm, runner = static
+    made: list[Bucket] = []
+    monkeypatch.setattr(
+        graph_runner, "StaticStep", lambda bucket, *parts: made.append(bucket) or StaticStep(bucket, *parts)
+    )
+    given = requests_of(4, "mixed")
+    assert [o.token_ids for o in run_joining(llm, given)] == [o.token_ids for o in run_joining(eager, given)]
+    assert len(runner._steps) == 2
+    assert len(made) > len(set(made)) > 2, "what gave way is made anew"
+    assert runner.num_static_steps + runner.num_mixed_steps > len(made), "what is needed stays"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])

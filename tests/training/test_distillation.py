@@ -12,7 +12,7 @@ from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
 from jetflow_cluster.training.calibration import calibration_rollouts, fit_lookup_weights, fit_sharpness
 from jetflow_cluster.training.distill import DistillConfig, distill
 from jetflow_cluster.training.evaluate import EvaluateConfig, evaluate, read_sidecar
-from jetflow_cluster.training.regenerate import CORPUS_SHARES, load_tokenizer, read_streams
+from jetflow_cluster.training.regenerate import CORPUS_SHARES, check_same_tokenizer, load_tokenizer, read_streams
 from jetflow_cluster.training.sidecar_training import SideCarTrainingConfig, train_sidecar
 from jetflow_cluster.tree.lookup import LOOKUP_WEIGHTS
 from support.small_models import write_target
@@ -146,5 +146,6 @@ def test_a_corpus_of_another_tokenizer_is_refused(config: DistillConfig, tmp_pat
     assert len(streams) == len(CORPUS_SHARES)
     tokenizer.add_tokens(["another"])
     tokenizer.save(str(corpus / "tokenizer.json"))
-    with pytest.raises(ValueError, match="another tokenizer"):
-        read_streams(corpus, config.target)
+    for refused in (read_streams, check_same_tokenizer):
+        with pytest.raises(ValueError, match="another tokenizer"):
+            refused(corpus, config.target)
