@@ -9,7 +9,9 @@ TORCH  ?= $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",$$/\1/p' pyproject.toml)
 ALLOW_CUDA ?=
 EXTRAS ?= test
 OUT    ?= out
-# What the GPU targets run with: any interpreter with torch, triton, transformers and pytest. Nothing is installed.
+# What the GPU targets run with: any interpreter with torch, triton, transformers and pytest, plugins or not. Nothing is
+# installed.
+GPU_PYTEST := -o addopts= --import-mode=importlib -m "not lossless and not slow"
 GPU_PYTHON ?= $(firstword $(wildcard $(VENV)/bin/python) $(shell command -v python || command -v python3))
 
 RUN   := $(VENV)/bin
@@ -83,7 +85,7 @@ gpu:
 	  || { echo "GPU_PYTHON=$(GPU_PYTHON): a CUDA device, torch, triton, transformers and pytest are needed"; exit 1; }
 
 test-gpu: gpu ## On a CUDA device, from a checkout without installation: kernels, lossless, ranks
-	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest -q -rsP tests/kernels/interpreted/*_cases.py tests/kernels/test_compilations.py tests/gpu
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest $(GPU_PYTEST) -q -rsP tests/kernels/interpreted/*_cases.py tests/kernels/test_compilations.py tests/gpu
 
 bench-gpu: gpu ## On a CUDA device: the kernels beside scaled_dot_product_attention and FlexAttention; figures in out/kernels
 	for op in tree_attention qk_norm_rope_store commit_kv build_tree accept_tree; do \

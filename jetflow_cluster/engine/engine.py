@@ -142,9 +142,8 @@ class Engine:
             outcome = self.compute(plan, lambda: self._work_ahead(plan))
             deltas += self._commit(plan, outcome)
             self.counters.count(plan, outcome.trees, outcome.paths)
-            self._teach = partial(
-                self.scheduler.budget.observe, plan, outcome.trees, outcome.paths, time.perf_counter() - began_s
-            )
+            took_s = time.perf_counter() - began_s - outcome.held_up_s
+            self._teach = partial(self.scheduler.budget.observe, plan, outcome.trees, outcome.paths, took_s)
         except Exception as error:
             _log.exception("step %d failed; its %d requests end", self.num_steps, len(plan.items))
             deltas += self._fail(plan, error)
@@ -174,6 +173,9 @@ class Engine:
         meanwhile()
         self.on_stage("accept")
         paths = self._accept(plan, trees, batch, verified)
+        if all(path is None for path in paths):
+            # Nothing was read, and what the step took would count as the next one's.
+            self.target.wait()
         self.on_stage("commit")
         self._commit_kv(plan, paths)
         self._keep_fused(plan, batch, verified, paths)

@@ -7,6 +7,7 @@ where there is none the same launches are executed instead of replayed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -68,9 +69,13 @@ class CudaGraphs:
                 launches()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        # Torch keeps a workspace of cuBLAS per stream. A graph's own comes from the pool, so that it lives as long, and
+        # the next recording does not find it.
+        torch._C._cuda_clearCublasWorkspaces()
         # Other threads, such as NCCL's, may go on talking to the device.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             launches()
+        torch._C._cuda_clearCublasWorkspaces()
         return graph.replay
 
 
@@ -135,11 +140,11 @@ class GraphRunner:
         """One step; from a bucket where one serves it. See `Compute`."""
         if not self.serves(plan):
             return self._compute_eagerly(plan, meanwhile)
-        if plan.speculates:
-            plan = replace(plan, items=tuple(map(_before_context, plan.items)))
+        # The policy knows the step by the plan's own items.
+        shallow = replace(plan, items=tuple(map(_before_context, plan.items)))
         lookup = self._lookup()
-        looks = lookup.look(plan) if lookup is not None and plan.speculates else [None] * len(plan.items)
-        parts = [StaticPart(item, look) for item, look in zip(plan.items, looks, strict=True)]
+        looks = lookup.look(shallow) if lookup is not None and plan.speculates else [None] * len(plan.items)
+        parts = [StaticPart(item, look) for item, look in zip(shallow.items, looks, strict=True)]
         plan = self._budget().price_rows(plan, [part.source for part in parts])
         # Who is in the midst of a prompt chooses nothing.
         parts = [part for part in parts if part.item.is_last]
@@ -206,7 +211,9 @@ class GraphRunner:
         self, plan: StepPlan, parts: Sequence[StaticPart], bucket: Bucket, meanwhile: Callable[[], None]
     ) -> StepOutcome:
         chunks = [item for item in plan.items if not _decodes(item)]
+        began_s = time.perf_counter()
         recorded = self._bucket(bucket, is_replayed=not chunks)
+        held_up_s = time.perf_counter() - began_s
         step = recorded.step
         self.on_stage("draft")
         if bucket.has_trees and self.drafter is not None:
@@ -249,6 +256,7 @@ class GraphRunner:
         return StepOutcome(
             trees=[trees.get(arrival, root) for arrival, root in zip(arrivals, roots, strict=True)],
             paths=[paths.get(arrival) for arrival in arrivals],
+            held_up_s=held_up_s,
         )
 
     def _launch(

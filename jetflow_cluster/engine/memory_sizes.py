@@ -126,8 +126,10 @@ def draft_bytes(head: DraftHead, ends: TargetEnds, limits: StepLimits, device: t
     layers = _layer_bytes(config, head, num_rows, limits, device)
     num_logits = limits.num_requests * (config.block_size - 1)
     wide = torch.promote_types(ends.dtype, torch.float32).itemsize
-    # Logits, the same widened or sharpened, and their log-softmax; then the pools of those that sample.
-    logits = num_logits * config.vocab_size * (_logits_copies(limits) * ends.dtype.itemsize + 2 * wide)
+    # Logits, the same widened, sharpened and chosen from, which on a device are there together, and their log-softmax;
+    # then the pools of those that sample.
+    num_wide = 2 if device.type == "cpu" else 3
+    logits = num_logits * config.vocab_size * (_logits_copies(limits) * ends.dtype.itemsize + num_wide * wide)
     pools = num_logits * min(POOL_SIZE, config.vocab_size) * 6 * 8
     hidden = num_rows * config.hidden_size * (head.dtype.itemsize + ends.dtype.itemsize)
     return max(layers, hidden + logits + pools)

@@ -113,6 +113,8 @@ class StepOutcome:
     trees: Sequence[DraftTree]
     #: The accepted path of each item that chooses a token; None for the others.
     paths: Sequence[AcceptedPath | None]
+    #: Seconds that went into what later steps like it need no more, such as a recording.
+    held_up_s: float = 0.0
 
 
 #: Drafts, builds, verifies, accepts, and moves K and V. The host learns of nothing but the outcome. The second argument

@@ -30,10 +30,22 @@ def checkpoints(config: EngineConfig) -> tuple[Path, Path | None]:
 
 
 def compute_device(config: EngineConfig) -> torch.device:
-    """``auto`` is CUDA where there is any."""
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """``auto`` is CUDA where there is any.
+
+    Raises:
+        ValueError: another GPU than the process's current one, on which kernels are launched.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda" and device.index is not None and torch.cuda.is_available():
+        current = torch.cuda.current_device()
+        if device.index != current:
+            raise ValueError(
+                f"device = {config.device!r}: this process launches on cuda:{current}; choose another GPU with "
+                f"CUDA_VISIBLE_DEVICES={device.index} and device = 'cuda'"
+            )
+    return device
 
 
 def compute_dtype(config: EngineConfig) -> torch.dtype | None:

@@ -63,6 +63,11 @@ class TargetRunner:
             hidden = hidden[upload(torch.tensor(rows), self.device)]
         return self.model.compute_logits(hidden), taps
 
+    def wait(self) -> None:
+        """Until the device has done what was queued."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     def commit(self, source_slots: list[int], target_slots: list[int]) -> None:
         """Moves the KV of accepted nodes behind their prefixes; slots may overlap."""
         if source_slots:

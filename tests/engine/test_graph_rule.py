@@ -10,7 +10,7 @@ import torch
 
 from jetflow_cluster import LLM
 from jetflow_cluster.config import EngineConfig
-from jetflow_cluster.engine.resolve import why_no_graphs
+from jetflow_cluster.engine.resolve import compute_device, why_no_graphs
 from support.adversaries import NoDrafter
 
 
@@ -29,6 +29,14 @@ def test_rule(device: str, options: dict[str, Any], reason: str | None) -> None:
     config = EngineConfig(**options)
     found = why_no_graphs(config, torch.device(device))
     assert found is None if reason is None else found is not None and found.startswith(reason)
+
+
+def test_another_gpu_than_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert compute_device(EngineConfig(device="cuda:1")) == torch.device("cuda:1")
+    with pytest.raises(ValueError, match=r"device = 'cuda:0': this process launches on cuda:1; .*DEVICES=0"):
+        compute_device(EngineConfig(device="cuda:0"))
 
 
 @pytest.mark.parametrize("options", [{}, {"drafter_factory": lambda *_: NoDrafter()}], ids=["head", "other-drafter"])

@@ -75,7 +75,9 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
     event = SimpleNamespace(record=lambda stream=None: None, synchronize=lambda: None, elapsed_time=lambda end: 1.0)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False: event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: event)
+    for name in ("_sleep", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, _nothing, raising=False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**32, 2**32))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
     monkeypatch.setattr(torch, "Generator", _Generator)
