@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from jetflow_cluster import SamplingParams, SpeculationOptions
+from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
 from jetflow_cluster.engine.begun_steps import BegunStep
 from jetflow_cluster.engine.cost_model import CostModel
 from jetflow_cluster.engine.draft_choice import NODES, Gains, Situation, choose
@@ -21,6 +23,8 @@ from jetflow_cluster.engine.value_model import ValueModel
 from jetflow_cluster.engine.worth import Worth
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.draft_tree import DraftTree
+from support.small_models import write_head, write_target
+from support.static_engines import engine_options, make_static
 
 COST = CostModel(row_knots=(1, 512), row_s=(10e-3, 20e-3), draft_knots=(8, 512), draft_s=(1e-4, 1e-3))
 GAINS = Gains(accepted=np.minimum(0.6 * np.log2(NODES)[:, None], np.arange(1, 8)[None, :]))
@@ -165,3 +169,24 @@ def test_what_is_known_of_a_request_at_rest_ages_by_every_step() -> None:
     for one in resting.requests:
         assert one.worth.promised == pytest.approx(8.0 * 0.995**num_counted)
         assert one.worth.accepted == pytest.approx(3.0 * 0.995**num_counted)
+
+
+def test_recorded_steps_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with trees, guesses of requests' own texts among them, as plain ones are."""
+    (tmp_path / "head").mkdir()
+    target = write_target(tmp_path)
+    llm = LLM(**engine_options(target, write_head(tmp_path / "head", target)) | {"context_lookup": True})
+    runner = make_static(llm, max_len=96)
+    budget = llm.engine.scheduler.budget = PricedBudget(COST, GAINS, has_lookup=True)
+    told: list[int] = []
+    note = budget.learning.note
+
+    def noted(begun: BegunStep, trees: Sequence[DraftTree], *rest: Any) -> bool:
+        told.append(max(tree.num_nodes for tree in trees))
+        return note(begun, trees, *rest)
+
+    monkeypatch.setattr(budget.learning, "note", noted)
+    llm.generate([[1, 2, 3] * 6, [4, 5]], SamplingParams(max_tokens=50, ignore_eos=True))
+    assert runner.num_static_steps > 10
+    assert len(told) >= runner.num_static_steps - 1
+    assert sum(num_nodes > 1 for num_nodes in told) > 5

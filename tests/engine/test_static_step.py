@@ -199,25 +199,6 @@ def test_time_of_recording_is_not_the_steps(static: tuple[LLM, GraphRunner], mon
     assert took and max(took) == 0.0
 
 
-def test_auto_learns_from_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The policy is told of steps with trees, guesses of requests' own texts among them, as it is of plain ones."""
-    llm = LLM(dtype="float32", num_pages=80, max_model_len=160, max_num_requests=2)
-    runner = make_static(llm, max_len=160)
-    learning = llm.engine.scheduler.budget.learning
-    told: list[int] = []
-    note = learning.note
-
-    def noted(begun: object, trees: Sequence[DraftTree], *rest: object) -> bool:
-        told.append(max(tree.num_nodes for tree in trees))
-        return note(begun, trees, *rest)
-
-    monkeypatch.setattr(learning, "note", noted)
-    llm.generate(["def quicksort(items):", "x = [1, 2]\n" * 6], SamplingParams(max_tokens=60, ignore_eos=True))
-    assert runner.num_static_steps > 10
-    assert len(told) >= runner.num_static_steps - 1
-    assert sum(num_nodes > 1 for num_nodes in told) > 5
-
-
 class NoHost(TorchDispatchMode):
     """Refuses what waits for the device or depends on its values; notes every op with the shapes that it gave."""
 
