@@ -11,8 +11,8 @@ EXTRAS ?= test
 OUT    ?= out
 # What the GPU targets run with: any interpreter with torch, triton, transformers and pytest, plugins or not. Nothing is
 # installed.
-GPU_PYTEST := -o addopts= --import-mode=importlib -m "not lossless and not slow"
 GPU_PYTHON ?= $(firstword $(wildcard $(VENV)/bin/python) $(shell command -v python || command -v python3))
+GPU_PYTEST := -o addopts= --import-mode=importlib -m "not lossless and not slow"
 
 RUN   := $(VENV)/bin
 STAMP := $(VENV)/.installed

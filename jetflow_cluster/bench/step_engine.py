@@ -16,7 +16,8 @@ from jetflow_cluster.cache.prefix_cache import PageKeys
 from jetflow_cluster.engine.budget import FixedBudget
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.engine import Engine
-from jetflow_cluster.engine.graph_runner import CudaGraphs, serve_from_graphs
+from jetflow_cluster.engine.graph_runner import serve_from_graphs
+from jetflow_cluster.engine.recording import CudaGraphs
 from jetflow_cluster.engine.request import Request, RequestStatus
 from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner

@@ -174,7 +174,6 @@ class Engine:
         self.on_stage("accept")
         paths = self._accept(plan, trees, batch, verified)
         if all(path is None for path in paths):
-            # Nothing was read, and what the step took would count as the next one's.
             self.target.wait()
         self.on_stage("commit")
         self._commit_kv(plan, paths)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
@@ -21,6 +20,7 @@ from jetflow_cluster.engine.engine import Engine
 from jetflow_cluster.engine.lookup import ContextLookup
 from jetflow_cluster.engine.prompt_rows import prompt_rows
 from jetflow_cluster.engine.protocols import BudgetPolicy, Compute, ScheduledRequest, StepOutcome, StepPlan
+from jetflow_cluster.engine.recording import Recorder
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.static_inputs import StaticInputs
 from jetflow_cluster.engine.static_parts import StaticPart, note_guesses
@@ -36,47 +36,6 @@ from jetflow_cluster.tree.draft_tree import DraftTree
 #: Buckets whose steps are kept. Those that were not needed for longest give way, so that a server that has seen every
 #: kind of batch holds no more memory than one that has seen some.
 MAX_KEPT = 128
-
-
-class Recorder(Protocol):
-    """Turns launches into something that does them again."""
-
-    def record(self, launches: Callable[[], object]) -> Callable[[], object]:
-        """What to call in place of `launches`, whose tensors stay where they are."""
-
-
-class Executing:
-    """Where nothing can be recorded: the launches themselves."""
-
-    def record(self, launches: Callable[[], object]) -> Callable[[], object]:
-        """The launches."""
-        return launches
-
-
-class CudaGraphs:
-    """CUDA graphs, whose buckets share one pool of memory: only one runs at a time."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def record(self, launches: Callable[[], object]) -> Callable[[], object]:
-        """Runs the launches thrice, the last time recorded. The tensors that they read must stand for no request."""
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                launches()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Torch keeps a workspace of cuBLAS per stream. A graph's own comes from the pool, so that it lives as long, and
-        # the next recording does not find it.
-        torch._C._cuda_clearCublasWorkspaces()
-        # Other threads, such as NCCL's, may go on talking to the device.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            launches()
-        torch._C._cuda_clearCublasWorkspaces()
-        return graph.replay
 
 
 @dataclass(kw_only=True)
@@ -141,7 +100,7 @@ class GraphRunner:
         if not self.serves(plan):
             return self._compute_eagerly(plan, meanwhile)
         # The policy knows the step by the plan's own items.
-        shallow = replace(plan, items=tuple(map(_before_context, plan.items)))
+        shallow = replace(plan, items=tuple(map(_before_context, plan.items))) if plan.speculates else plan
         lookup = self._lookup()
         looks = lookup.look(shallow) if lookup is not None and plan.speculates else [None] * len(plan.items)
         parts = [StaticPart(item, look) for item, look in zip(shallow.items, looks, strict=True)]

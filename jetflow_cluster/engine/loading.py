@@ -15,11 +15,12 @@ from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.budget import FixedBudget
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.engine import Engine
-from jetflow_cluster.engine.graph_runner import CudaGraphs, serve_from_graphs
+from jetflow_cluster.engine.graph_runner import serve_from_graphs
 from jetflow_cluster.engine.lookup import ContextLookup
 from jetflow_cluster.engine.memory_plan import MemoryPlan
 from jetflow_cluster.engine.planned_memory import plan_draft_worker, plan_memory
 from jetflow_cluster.engine.protocols import BudgetPolicy, Drafter, TreeBuilder
+from jetflow_cluster.engine.recording import CudaGraphs
 from jetflow_cluster.engine.resolve import (
     checkpoints,
     compute_device,

@@ -64,7 +64,8 @@ class TargetRunner:
         return self.model.compute_logits(hidden), taps
 
     def wait(self) -> None:
-        """Until the device has done what was queued."""
+        """Until the device has done what was queued. What a step took of which nothing is read would else count as the
+        next one's."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 

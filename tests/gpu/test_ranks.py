@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.frontend import EngineFrontend
-from jetflow_cluster.engine.graph_runner import CudaGraphs, GraphRunner
+from jetflow_cluster.engine.graph_runner import GraphRunner
+from jetflow_cluster.engine.recording import CudaGraphs
 from jetflow_cluster.parallel.tp_group import TpGroup
 from support.mixed_batches import make_requests, run_mixed
 from support.near_ties import assert_same_tokens

@@ -19,7 +19,7 @@ from jetflow_cluster.engine.draft_link import DraftWorker, LinkListener
 from jetflow_cluster.engine.loading import load_draft_fuser, load_draft_worker
 from jetflow_cluster.engine.remote_drafter import RemoteDrafter
 from jetflow_cluster.models.registry import TargetModel
-from support.pretend_gpu import device_of
+from support.pretend_gpu import in_thread
 from support.small_models import write_head, write_target
 
 PAGES, PAGE = 64, 16
@@ -58,7 +58,7 @@ class RemoteHeads:
         return worker
 
     def _serve(self, worker: DraftWorker) -> None:
-        with device_of(self.config):
+        with in_thread(self.config):
             worker.run()
 
 

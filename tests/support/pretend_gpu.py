@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from jetflow_cluster.bench import step_engine
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine import loading
-from jetflow_cluster.engine.graph_runner import Executing
+from jetflow_cluster.engine.recording import Executing
 from jetflow_kernels.accept_tree import accept_tree_reference
 from jetflow_kernels.accept_tree.reference import commit_slots_reference
 from jetflow_kernels.build_tree import build_tree_reference, lay_out_rows_reference
@@ -94,10 +94,18 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
         yield gpu
 
 
-def device_of(config: EngineConfig) -> AbstractContextManager[object]:
-    """What another process, or thread, enters so that the configured device is there, pretended where it must be."""
-    is_pretended = config.device == "cuda" and not torch.cuda.is_available()
-    return pretended_gpu(pytest.MonkeyPatch()) if is_pretended else nullcontext()
+def in_process(config: EngineConfig) -> AbstractContextManager[object]:
+    """What a process of its own enters so that the configured device is there, pretended where it must be."""
+    return pretended_gpu(pytest.MonkeyPatch()) if _is_pretended(config) else nullcontext()
+
+
+def in_thread(config: EngineConfig) -> AbstractContextManager[object]:
+    """What a thread enters beside one for which the device is there already."""
+    return PretendGpu() if _is_pretended(config) else nullcontext()
+
+
+def _is_pretended(config: EngineConfig) -> bool:
+    return config.device == "cuda" and not torch.cuda.is_available()
 
 
 class _Generator(torch.Generator):

@@ -20,7 +20,7 @@ from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.engine.loading import load_follower
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
-from support.pretend_gpu import device_of
+from support.pretend_gpu import in_process
 
 Work = list[tuple[list[int], SamplingParams]]
 
@@ -43,7 +43,7 @@ def leave() -> NoReturn:
 def _follow(rank: int, size: int, store: str, config: EngineConfig, address: tuple[str, int], secret: bytes) -> None:
     tp = _join(rank, size, store)
     channel = FollowerChannel(address, secret)
-    with device_of(config):
+    with in_process(config):
         load_follower(config, tp=tp, channel=channel).run()
     leave()
 
@@ -53,7 +53,7 @@ def _lead(size: int, store: str, config: EngineConfig, work: Work, secret: bytes
     addresses.put(channel.address)
     tp = _join(0, size, store)
     channel.accept(size - 1)
-    with device_of(config):
+    with in_process(config):
         found = _complete(config, tp, channel, work)
     channel.close()
     results.put(found)

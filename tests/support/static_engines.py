@@ -6,7 +6,8 @@ from pathlib import Path
 
 from jetflow_cluster import LLM
 from jetflow_cluster.engine.draft_runner import HeadDrafter
-from jetflow_cluster.engine.graph_runner import Executing, GraphRunner, Recorder, serve_from_graphs
+from jetflow_cluster.engine.graph_runner import GraphRunner, serve_from_graphs
+from jetflow_cluster.engine.recording import Executing, Recorder
 from jetflow_cluster.engine.target_runner import TargetRunner
 
 
