@@ -134,7 +134,7 @@ def test_speculation_changes_no_token(model: list[str], sampling: list[str], lim
 
 
 def test_generate_streams_what_json_says(model: list[str]) -> None:
-    common = ["generate", "import os", *model, "--max-tokens", "10", "--ignore-eos"]
+    common = ["generate", "import os", *model, "--max-tokens", "10", "--ignore-eos", "--speculation", "force"]
     result = invoke(*common, "--stats")
     assert result.exit_code == 0, result.output
     assert result.stdout == invoke_json(*common, "--json")["text"] + "\n"
@@ -144,7 +144,7 @@ def test_generate_streams_what_json_says(model: list[str]) -> None:
 
 def test_prompts_come_from_file_and_standard_input(model: list[str], tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("x = 1\n")
-    common = [*model, "--max-tokens", "4", "--json"]
+    common = [*model, "--max-tokens", "4", "--json", "--speculation", "off"]
     given = invoke_json("generate", "x = 1\n", *common)
     from_file = invoke_json("generate", "--file", str(tmp_path / "prompt.txt"), *common)
     from_stdin = invoke_json("generate", *common, stdin="x = 1\n")
@@ -153,12 +153,13 @@ def test_prompts_come_from_file_and_standard_input(model: list[str], tmp_path: P
 
 
 def test_logprobs_are_in_the_object(model: list[str]) -> None:
-    found = invoke_json("generate", "x", *model, "--max-tokens", "3", "--ignore-eos", "--logprobs", "2", "--json")
+    common = [*model, "--max-tokens", "3", "--ignore-eos", "--speculation", "off"]
+    found = invoke_json("generate", "x", *common, "--logprobs", "2", "--json")
     assert [len(entry["top"]) for entry in found["logprobs"]] == [2, 2, 2]
 
 
 def test_prompts_that_are_too_long_are_refused(model: list[str]) -> None:
-    result = invoke("generate", "word " * 200, *model)
+    result = invoke("generate", "word " * 200, *model, "--speculation", "off")
     assert result.exit_code == 2
     assert "prompt = '1000 tokens'" in result.stderr
 

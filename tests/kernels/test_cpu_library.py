@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "kernels"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def needs_compiler() -> None:
     if not (shutil.which("cc") or shutil.which("gcc")):
         pytest.skip("no C compiler")
@@ -80,6 +81,14 @@ def test_a_compiler_that_fails(
     assert list(folder.iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def compiled(needs_compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library of the machine's compiler."""
+    path = tmp_path_factory.mktemp("compiled") / "library.so"
+    compiler.build(compiler.find_compiler(), (), path)
+    return path
+
+
 @pytest.mark.usefixtures("needs_compiler")
 class TestCompiled:
     """With the machine's compiler."""
@@ -102,7 +111,10 @@ class TestCompiled:
             pytest.param(b"text" + hashlib.sha256(b"text").digest(), id="no-library"),
         ],
     )
-    def test_a_damaged_file_is_compiled_again(self, folder: Path, content: bytes) -> None:
+    def test_a_damaged_file_is_compiled_again(
+        self, folder: Path, compiled: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+    ) -> None:
+        monkeypatch.setattr(library, "build", lambda *arguments: shutil.copy(compiled, arguments[-1]))
         found = compiler.find_compiler()
         folder.mkdir()
         names = [compiler.library_name(found, flags) for flags in (("-march=native", "-fopenmp"), ("-march=native",))]
@@ -112,17 +124,17 @@ class TestCompiled:
         changed = [name for name in names if (folder / name).read_bytes() != content]
         assert len(changed) == 1 and compiler.is_whole(folder / changed[0])
 
-    def test_a_changed_byte_is_noticed(self, folder: Path) -> None:
-        folder.mkdir()
-        path = folder / "library.so"
-        compiler.build(compiler.find_compiler(), (), path)
-        assert compiler.is_whole(path)
-        content = bytearray(path.read_bytes())
+    def test_a_changed_byte_is_noticed(self, compiled: Path, tmp_path: Path) -> None:
+        assert compiler.is_whole(compiled)
+        content = bytearray(compiled.read_bytes())
         content[3000] ^= 1
-        path.write_bytes(content)
-        assert not compiler.is_whole(path)
+        (tmp_path / "changed.so").write_bytes(content)
+        assert not compiler.is_whole(tmp_path / "changed.so")
 
-    def test_without_a_folder_to_write_to(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_a_folder_to_write_to(
+        self, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(library, "build", lambda *arguments: shutil.copy(compiled, arguments[-1]))
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("JETFLOW_CACHE_DIR", str(tmp_path / "file"))
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -141,10 +153,15 @@ class TestCompiled:
         assert all(answer.startswith("True compiled by") for answer in answers), answers
         assert len(list(folder.iterdir())) == 1
 
-    def test_threads_compile_once(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_threads_compile_once(self, folder: Path, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = []
-        build = library.build
-        monkeypatch.setattr(library, "build", lambda *arguments: (calls.append(1), build(*arguments)))
+
+        def build(*arguments: Path) -> None:
+            calls.append(arguments)
+            time.sleep(0.2)
+            shutil.copy(compiled, arguments[-1])
+
+        monkeypatch.setattr(library, "build", build)
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lambda _: cpu_kernels(), range(4)))
         assert len(calls) == 1 and all(each is found[0] for each in found)
