@@ -2,14 +2,16 @@
 what neither serves is computed by the engine as it is.
 
 Steps are recorded per bucket, when one is first needed. What does the recording is the only part that knows CUDA;
-where there is none the same launches are executed instead of replayed.
+where there is none the same launches are executed instead of replayed. Where several ranks share the model, this is
+rank 0, which announces each step to the others.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -18,82 +20,65 @@ from jetflow_cluster.engine.bucket import BARRED, CHANGED, NODES, REQUESTS, ROWS
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.engine import Engine
 from jetflow_cluster.engine.lookup import ContextLookup
-from jetflow_cluster.engine.prompt_rows import prompt_rows
+from jetflow_cluster.engine.prompt_rows import PromptNumbers, prompt_numbers
 from jetflow_cluster.engine.protocols import BudgetPolicy, Compute, ScheduledRequest, StepOutcome, StepPlan
+from jetflow_cluster.engine.recorded_steps import RecordedStep, RecordedSteps
 from jetflow_cluster.engine.recording import Recorder
 from jetflow_cluster.engine.request import Request
-from jetflow_cluster.engine.static_inputs import StaticInputs
 from jetflow_cluster.engine.static_parts import StaticPart, note_guesses
 from jetflow_cluster.engine.static_step import StaticStep
-from jetflow_cluster.engine.step_scratch import StepScratch
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.layers.sampler import token_logprobs
 from jetflow_cluster.layers.sampling_row import has_penalties
 from jetflow_cluster.layers.walk_table import has_filters
+from jetflow_cluster.parallel.tp_group import TpGroup
 from jetflow_cluster.tree.accept import AcceptedPath
 from jetflow_cluster.tree.draft_tree import DraftTree
 
-#: Buckets whose steps are kept. Those that were not needed for longest give way, so that a server that has seen every
-#: kind of batch holds no more memory than one that has seen some.
-MAX_KEPT = 128
+#: Entered around a step of a bucket, beside prompts or without: tells the other ranks to do the same.
+Announce = Callable[[Bucket, PromptNumbers | None], AbstractContextManager[object]]
 
 
-@dataclass(kw_only=True)
-class _Recorded:
-    """The step of one bucket."""
-
-    step: StaticStep
-    inputs: StaticInputs
-    #: None until a step without prompts needs it.
-    replay: Callable[[], object] | None = None
+def nobody_else(bucket: Bucket, prompts: PromptNumbers | None) -> AbstractContextManager[object]:
+    """`Announce` where there is no other rank."""
+    return nullcontext()
 
 
 class GraphRunner:
     """Static steps by bucket, and what the host does around them.
 
     Args:
+        steps: of this rank.
         target: with a scratch page.
         drafter: with a scratch page; None does not speculate.
         compute_eagerly: computes the steps that no bucket serves.
         max_len: longest prompt plus output.
-        max_requests: running at a time.
-        max_rows: of all trees of a step.
-        recorder: of the device.
+        announce: see `Announce`.
         budget: the policy in force, asked before each step.
         lookup: the source of guesses beside the drafter, asked before each step.
     """
 
     def __init__(
         self,
+        steps: RecordedSteps,
         target: TargetRunner,
         drafter: HeadDrafter | None,
         compute_eagerly: Compute,
         *,
         max_len: int,
-        max_requests: int,
-        max_rows: int,
-        recorder: Recorder,
+        announce: Announce,
         budget: Callable[[], BudgetPolicy],
         lookup: Callable[[], ContextLookup | None],
     ):
-        self.target, self.drafter = target, drafter
+        self.steps, self.target, self.drafter = steps, target, drafter
         #: Told the name of each stage, as `Engine.on_stage` is.
         self.on_stage: Callable[[str], None] = lambda stage: None
         #: Steps that were replayed, and those that ran on static buffers beside prompts.
         self.num_static_steps = self.num_mixed_steps = 0
-        self._compute_eagerly, self._recorder = compute_eagerly, recorder
+        self._compute_eagerly, self._announce = compute_eagerly, announce
         self._budget, self._lookup = budget, lookup
         scratch_rows = max(NODES[-1], drafter.num_scratch_rows if drafter is not None else 1)
-        self._scratch = StepScratch(
-            max_requests=max_requests,
-            max_rows=max_rows,
-            vocab_size=target.model.config.vocab_size,
-            dtype=target.model.dtype,
-            device=target.device,
-        )
         self._num_pages = -(-(max_len + scratch_rows) // target.page_size)
-        #: The last needed is last.
-        self._steps: dict[Bucket, _Recorded] = {}
 
     def compute(self, plan: StepPlan, meanwhile: Callable[[], None]) -> StepOutcome:
         """One step; from a bucket where one serves it. See `Compute`."""
@@ -152,42 +137,25 @@ class GraphRunner:
             **_changes(parts),
         )
 
-    def _bucket(self, bucket: Bucket, *, is_replayed: bool) -> _Recorded:
-        found = self._steps.pop(bucket, None)
-        if found is None:
-            while len(self._steps) >= MAX_KEPT:
-                del self._steps[next(iter(self._steps))]
-            step = StaticStep(bucket, self.target, self.drafter, self._scratch)
-            inputs = StaticInputs(step, self.target.scratch_slot // self.target.page_size)
-            found = _Recorded(step=step, inputs=inputs)
-        self._steps[bucket] = found
-        if is_replayed and found.replay is None:
-            found.inputs.clear()
-            found.replay = self._recorder.record(found.step.run)
-        return found
-
     def _compute_static(
         self, plan: StepPlan, parts: Sequence[StaticPart], bucket: Bucket, meanwhile: Callable[[], None]
     ) -> StepOutcome:
         chunks = [item for item in plan.items if not _decodes(item)]
-        began_s = time.perf_counter()
-        recorded = self._bucket(bucket, is_replayed=not chunks)
-        held_up_s = time.perf_counter() - began_s
-        step = recorded.step
         self.on_stage("draft")
         if bucket.has_trees and self.drafter is not None:
             # Behind a prompt: what waits is projected now, and from here on the steps do it.
             self.drafter.absorb([item.request for item in plan.items if item.keeps_context and _decodes(item)])
-        recorded.inputs.write(
-            plan,
-            parts,
-            head_depth=self._head_depth(parts),
-            budget=min(bucket.num_rows, max(plan.tree_budget - len(chunks), len(parts))),
-            maps=self._budget().maps,
-        )
-        step.inputs.upload()
-        self.on_stage("verify")
-        taps = self._launch(recorded, chunks, parts)
+        prompts = self._prompts(chunks, parts, bucket)
+        with self._announce(bucket, prompts):
+            began_s = time.perf_counter()
+            recorded = self.steps.get(bucket, is_replayed=prompts is None)
+            held_up_s = time.perf_counter() - began_s
+            self._write(recorded, plan, parts, budget=max(plan.tree_budget - len(chunks), len(parts)))
+            self.on_stage("verify")
+            taps = recorded.run(prompts)
+        self.num_static_steps += prompts is None
+        self.num_mixed_steps += prompts is not None
+        step = recorded.step
         step.outputs.begin_download()
         try:
             meanwhile()
@@ -218,25 +186,28 @@ class GraphRunner:
             held_up_s=held_up_s,
         )
 
-    def _launch(
-        self, recorded: _Recorded, chunks: Sequence[ScheduledRequest], parts: Sequence[StaticPart]
-    ) -> torch.Tensor | None:
-        """Queues a step; beside prompts one launch at a time. Taps of the prompts' rows, where any are wanted."""
+    @staticmethod
+    def _prompts(
+        chunks: Sequence[ScheduledRequest], parts: Sequence[StaticPart], bucket: Bucket
+    ) -> PromptNumbers | None:
+        """What is computed beside the step; None where that is nothing."""
         if not chunks:
-            assert recorded.replay is not None
-            recorded.replay()
-            self.num_static_steps += 1
             return None
         places = {part.item.request.arrival: i for i, part in enumerate(parts)}
-        prompts = prompt_rows(
-            chunks,
-            [places.get(item.request.arrival) for item in chunks],
-            num_requests=recorded.step.bucket.num_requests,
-            page_size=self.target.page_size,
-            device=self.target.device,
+        return prompt_numbers(
+            chunks, [places.get(item.request.arrival) for item in chunks], num_requests=bucket.num_requests
         )
-        self.num_mixed_steps += 1
-        return recorded.step.run(prompts)
+
+    def _write(self, recorded: RecordedStep, plan: StepPlan, parts: Sequence[StaticPart], *, budget: int) -> None:
+        """Queues the step's inputs."""
+        recorded.inputs.write(
+            plan,
+            parts,
+            head_depth=self._head_depth(parts),
+            budget=min(recorded.step.bucket.num_rows, budget),
+            maps=self._budget().maps,
+        )
+        recorded.step.inputs.upload()
 
     def _keep_prompts(self, chunks: Sequence[ScheduledRequest], taps: torch.Tensor | None) -> None:
         """Fused vectors of the prompts whose draft context goes on; they wait until somebody drafts."""
@@ -279,28 +250,44 @@ class GraphRunner:
         return min(most, max((part.item.head_depth for part in parts if part.asks_head), default=0))
 
 
-def serve_from_graphs(engine: Engine, *, max_len: int, recorder: Recorder) -> GraphRunner:
+def serve_from_graphs(
+    engine: Engine,
+    *,
+    max_len: int,
+    recorder: Recorder,
+    tp: TpGroup | None = None,
+    announce: Announce = nobody_else,
+) -> GraphRunner:
     """Lets an engine's steps without prompt chunks run from recorded launches.
 
     Args:
         engine: whose target and draft head have a scratch page.
         max_len: longest prompt plus output.
         recorder: of its device.
+        tp: the ranks that share target and head, of which this process is rank 0; None is this process alone.
+        announce: tells the others of each step.
 
     Raises:
         ValueError: the engine's drafter is no draft head in this process.
     """
     drafter = engine.drafter
-    if drafter is not None and type(drafter) is not HeadDrafter:
+    if drafter is not None and not isinstance(drafter, HeadDrafter):
         raise ValueError(f"{type(drafter).__name__}: only a draft head in this process drafts within a recorded step")
+    steps = RecordedSteps(
+        engine.target,
+        drafter,
+        max_requests=engine.scheduler.max_requests,
+        max_rows=engine.scheduler.max_rows,
+        recorder=recorder,
+        tp=tp or TpGroup.single(),
+    )
     runner = GraphRunner(
+        steps,
         engine.target,
         drafter,
         engine.compute_eagerly,
         max_len=max_len,
-        max_requests=engine.scheduler.max_requests,
-        max_rows=engine.scheduler.max_rows,
-        recorder=recorder,
+        announce=announce,
         budget=lambda: engine.scheduler.budget,
         lookup=lambda: engine.lookup,
     )

@@ -15,11 +15,12 @@ from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.budget import FixedBudget
 from jetflow_cluster.engine.draft_runner import HeadDrafter
 from jetflow_cluster.engine.engine import Engine
-from jetflow_cluster.engine.graph_runner import serve_from_graphs
+from jetflow_cluster.engine.graph_runner import nobody_else, serve_from_graphs
 from jetflow_cluster.engine.lookup import ContextLookup
 from jetflow_cluster.engine.memory_plan import MemoryPlan
 from jetflow_cluster.engine.planned_memory import plan_draft_worker, plan_memory
 from jetflow_cluster.engine.protocols import BudgetPolicy, Drafter, TreeBuilder
+from jetflow_cluster.engine.recorded_steps import RecordedSteps
 from jetflow_cluster.engine.recording import CudaGraphs
 from jetflow_cluster.engine.resolve import (
     checkpoints,
@@ -31,7 +32,7 @@ from jetflow_cluster.engine.resolve import (
 )
 from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner
-from jetflow_cluster.engine.tensor_parallel import Follower, LeadingDrafter, LeadingTarget
+from jetflow_cluster.engine.tensor_parallel import Follower, LeadingDrafter, LeadingTarget, announcing
 from jetflow_cluster.models.draft_head import DraftFuser, DraftHead
 from jetflow_cluster.models.loader import (
     load_draft_head,
@@ -112,10 +113,18 @@ def load_engine(
     )
     runner = parts.runner(config.page_size, channel)
     engine = Engine(runner, drafter, scheduler, prefix_cache=prefix_cache, lookup=lookup, tree_builder=tree_builder)
-    reason = why_no_graphs(config, target.device)
+    reason = why_no_graphs(config, target.device, tp)
     if drafter_factory is not None or tree_builder is not None:
         reason = reason or "guesses or trees come from elsewhere"
-    _replay(engine, parts.max_model_len, reason)
+    _log.info("steps are %s", "replayed from CUDA graphs" if reason is None else f"computed launch by launch: {reason}")
+    if reason is None:
+        serve_from_graphs(
+            engine,
+            max_len=parts.max_model_len,
+            recorder=CudaGraphs(target.device),
+            tp=tp,
+            announce=announcing(channel) if channel is not None else nobody_else,
+        )
     return LoadedEngine(
         engine=engine,
         tokenizer=_tokenizer_of(parts.target_dir),
@@ -124,13 +133,6 @@ def load_engine(
         eos_token_ids=frozenset(target.config.eos_token_ids),
         memory=parts.memory,
     )
-
-
-def _replay(engine: Engine, max_len: int, reason: str | None) -> None:
-    """Has steps replayed, unless there is a reason against it."""
-    _log.info("steps are %s", "replayed from CUDA graphs" if reason is None else f"computed launch by launch: {reason}")
-    if reason is None:
-        serve_from_graphs(engine, max_len=max_len, recorder=CudaGraphs(engine.target.device))
 
 
 def _tokenizer_of(target_dir: Path) -> Tokenizer | None:
@@ -147,8 +149,19 @@ def load_follower(config: EngineConfig, *, tp: TpGroup, channel: FollowerChannel
         FileNotFoundError: as `load_engine` does.
     """
     parts = _load_parts(config, tp, with_head=with_head)
-    runner = TargetRunner(parts.target, num_pages=parts.num_pages, page_size=config.page_size)
-    return Follower(runner, parts.drafter(config.page_size) if parts.head is not None else None, channel, tp)
+    runner = parts.runner(config.page_size, None)
+    drafter = parts.drafter(config.page_size) if parts.head is not None else None
+    steps: RecordedSteps | None = None
+    if why_no_graphs(config, runner.device, tp) is None:
+        steps = RecordedSteps(
+            runner,
+            drafter,
+            max_requests=config.max_num_requests,
+            max_rows=config.max_num_batched_tokens,
+            recorder=CudaGraphs(runner.device),
+            tp=tp,
+        )
+    return Follower(runner, drafter, channel, tp, steps)
 
 
 def load_draft_worker(config: EngineConfig, *, num_pages: int) -> HeadDrafter:
@@ -205,10 +218,14 @@ class _Parts:
         return self.memory.num_pages
 
     def runner(self, page_size: int, channel: LeaderChannel | None) -> TargetRunner:
+        sizes = {
+            "num_pages": self.num_pages,
+            "page_size": page_size,
+            "num_scratch_pages": self.memory.num_scratch_pages,
+        }
         if channel is not None:
-            return LeadingTarget(self.target, num_pages=self.num_pages, page_size=page_size, channel=channel)
-        scratch = self.memory.num_scratch_pages
-        return TargetRunner(self.target, num_pages=self.num_pages, page_size=page_size, num_scratch_pages=scratch)
+            return LeadingTarget(self.target, channel=channel, **sizes)
+        return TargetRunner(self.target, **sizes)
 
     def drafter(self, page_size: int) -> HeadDrafter:
         assert self.head is not None
@@ -228,6 +245,7 @@ class _Parts:
             self.target,
             num_pages=self.num_pages,
             page_size=config.page_size,
+            num_scratch_pages=self.memory.num_scratch_pages,
             channel=channel,
             tp=tp,
         )

@@ -67,7 +67,7 @@ def plan_memory(config: EngineConfig, tp: TpGroup | None = None, *, with_head: b
         num_taps = len(part.config.target_layer_ids)
         items += weight_items("draft head", part, device)
     items.append(activation_item(target, head, num_taps, limits, device))
-    has_graphs = why_no_graphs(config, device) is None
+    has_graphs = why_no_graphs(config, device, tp) is None
     if has_graphs:
         items.append(graph_item(target, head, num_taps, limits, device))
     plan = fit_pages(

@@ -47,43 +47,69 @@ class PromptRows:
         return torch.where(is_prompt, 1, counts).to(torch.int32), own.to(torch.int32)
 
 
-def prompt_rows(
-    items: Sequence[ScheduledRequest], places: Sequence[int | None], *, num_requests: int, page_size: int,
-    device: torch.device,
-) -> PromptRows:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class PromptNumbers:
+    """`PromptRows` in plain numbers, as ranks tell one another."""
+
+    token_ids: list[int]
+    positions: list[int]
+    slots: list[int]
+    query_lens: list[int]
+    context_lens: list[int]
+    page_lists: list[list[int]]
+    last_rows: list[int]
+    choosers: list[int]
+
+    def rows(self, page_size: int, device: torch.device) -> PromptRows:
+        """On a device, where pages have so many slots."""
+        parents = [parent for num_rows in self.query_lens for parent in chain_parents(num_rows)]
+        attention = plan_tree_attention(
+            query_lens=self.query_lens,
+            context_lens=self.context_lens,
+            page_table=page_table_tensor(self.page_lists, device),
+            parents=upload(torch.tensor(parents, dtype=torch.int32), device),
+            page_size=page_size,
+            is_chain=[True] * len(self.query_lens),
+        )
+        rows = torch.tensor([self.token_ids, self.positions, self.slots], dtype=torch.int64)
+        return PromptRows(
+            rows=upload(rows, device),
+            attention=attention,
+            last_rows=upload(torch.tensor(self.last_rows, dtype=torch.int64), device),
+            choosers=upload(torch.tensor(self.choosers, dtype=torch.int32), device),
+        )
+
+
+def prompt_numbers(
+    items: Sequence[ScheduledRequest], places: Sequence[int | None], *, num_requests: int
+) -> PromptNumbers:
     """Lays prompt chunks out.
 
     Args:
         items: chunks; pages for their rows are allocated.
         places: of each one that ends a prompt, its request's row in the step; None for the others.
         num_requests: R.
-        page_size: KV slots per page.
-        device: where the tensors go.
     """
-    rows: list[list[int]] = [[], [], []]
-    parents: list[int] = []
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
     last_rows: list[int] = []
     choosers = [-1] * num_requests
     for item, place in zip(items, places, strict=True):
         request, start, stop = item.request, item.request.num_computed, item.request.num_computed + item.num_rows
-        rows[0] += request.token_ids[start:stop]
-        rows[1] += range(start, stop)
-        rows[2] += request.pages.slots(start, stop)
-        parents += chain_parents(item.num_rows)
+        token_ids += request.token_ids[start:stop]
+        positions += range(start, stop)
+        slots += request.pages.slots(start, stop)
         if place is not None:
             choosers[place] = len(last_rows)
-            last_rows.append(len(parents) - 1)
-    attention = plan_tree_attention(
+            last_rows.append(len(token_ids) - 1)
+    return PromptNumbers(
+        token_ids=token_ids,
+        positions=positions,
+        slots=slots,
         query_lens=[item.num_rows for item in items],
         context_lens=[item.request.num_computed for item in items],
-        page_table=page_table_tensor([item.request.pages.pages for item in items], device),
-        parents=upload(torch.tensor(parents, dtype=torch.int32), device),
-        page_size=page_size,
-        is_chain=[True] * len(items),
-    )
-    return PromptRows(
-        rows=upload(torch.tensor(rows, dtype=torch.int64), device),
-        attention=attention,
-        last_rows=upload(torch.tensor(last_rows, dtype=torch.int64), device),
-        choosers=upload(torch.tensor(choosers, dtype=torch.int32), device),
+        page_lists=[list(item.request.pages.pages) for item in items],
+        last_rows=last_rows,
+        choosers=choosers,
     )

@@ -9,6 +9,7 @@ import torch
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.models.config import TargetConfig
 from jetflow_cluster.models.loader import resolve_checkpoint
+from jetflow_cluster.parallel.tp_group import TpGroup
 
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default"
 
@@ -75,14 +76,12 @@ def max_model_len(config: EngineConfig, target: TargetConfig) -> int:
     return config.max_model_len or limit
 
 
-def why_no_graphs(config: EngineConfig, device: torch.device) -> str | None:
+def why_no_graphs(config: EngineConfig, device: torch.device, tp: TpGroup) -> str | None:
     """Why no step of an engine is replayed from a CUDA graph; None where steps are."""
     if device.type != "cuda":
         return f"device = {device.type}: only CUDA records graphs"
     if not config.cuda_graphs:
         return "cuda_graphs = False"
-    if config.tensor_parallel_size > 1:
-        # Collectives over Gloo run on the host. Over NCCL they may be recorded, but rank 0 announces each pass by
-        # itself, and a recorded step is one pass.
-        return f"tensor_parallel_size = {config.tensor_parallel_size}: passes of several ranks are announced one by one"
+    if not tp.may_be_recorded:
+        return f"tensor_parallel_size = {tp.size}: ranks that NCCL does not join meet on the host"
     return None

@@ -32,6 +32,11 @@ class Staging:
         self.device = {name: _view(self._device, starts[name], *field) for name, field in fields.items()}
 
     @property
+    def buffer(self) -> torch.Tensor:
+        """All on the device, as uint8 ``[num_bytes]``."""
+        return self._device
+
+    @property
     def num_bytes(self) -> int:
         """On the device, and the same on the host."""
         return self._device.numel()

@@ -2,6 +2,7 @@
 
 What changes from step to step is read from inputs and written to outputs; everything else was decided when the step was
 made. So the same sequence of launches serves every batch that fits its bucket, and a device may record it.
+Ranks that share a model run the same step on what rank 0 was given, and follow its guesses and its choice.
 Rows and requests that a batch lacks write to the scratch page, and nobody reads what they compute.
 """
 
@@ -20,6 +21,7 @@ from jetflow_cluster.engine.staging import Staging
 from jetflow_cluster.engine.step_scratch import StepScratch
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.models.batch import ForwardBatch
+from jetflow_cluster.parallel.tp_group import TpGroup
 from jetflow_cluster.tree.build import MIN_SCORE
 from jetflow_cluster.tree.device_tables import DraftNoise, device_tables
 from jetflow_cluster.tree.lookup import MAX_LOOKUP_DEPTH
@@ -45,10 +47,12 @@ class StaticStep:
     ``tree_token_ids``, ``tree_parents``, ``tree_depths`` and ``tree_scores``, as `TreeBuffers` has them.
     """
 
-    def __init__(self, bucket: Bucket, target: TargetRunner, drafter: HeadDrafter | None, scratch: StepScratch):
+    def __init__(
+        self, bucket: Bucket, target: TargetRunner, drafter: HeadDrafter | None, scratch: StepScratch, tp: TpGroup
+    ):
         if bucket.has_trees and drafter is None:
             raise ValueError(f"{bucket}: trees need a draft head")
-        self.bucket, self.target, self.drafter = bucket, target, drafter
+        self.bucket, self.target, self.drafter, self._tp = bucket, target, drafter, tp
         self._page_size, self._pad_slot = target.page_size, target.scratch_slot
         self._vocab_size = target.model.config.vocab_size
         #: Deepest guess of the head.
@@ -98,9 +102,8 @@ class StaticStep:
 
     def _prepare_rows(self) -> None:
         """Tensors of the verifying pass."""
-        bucket, config, inputs = self.bucket, self.target.model.config, self.inputs.device
-        kv = self.target.kv
-        heads = _head_layout(kv, config.num_heads // (config.num_kv_heads // kv.shape[4]))
+        bucket, inputs = self.bucket, self.inputs.device
+        heads = _head_layout(self.target.kv, self.target.model.num_local_heads)
         self._tile_rows = heads.tile_rows(bucket.num_nodes)
         self._layout = RowLayout.allocate(
             num_requests=bucket.num_requests,
@@ -150,11 +153,13 @@ class StaticStep:
             taps of the prompts' rows, or None where there are none.
         """
         with torch.inference_mode():
+            self._tp.broadcast(self.inputs.buffer)
             self._build(self._draft())
             logits, taps = self._verify(prompts)
             if self.logits is not None:
                 self.logits[: logits.shape[0]].copy_(logits)
             self._accept(logits, prompts)
+            self._tp.broadcast(self.outputs.buffer)
             self._commit(taps)
         return None if taps is None or prompts is None else taps[self.bucket.num_rows :]
 
@@ -182,7 +187,7 @@ class StaticStep:
         self._context_table = torch.zeros_like(table) if self.bucket.has_gaps else table
         self._pages = torch.arange(table.shape[1], device=device)
         self._block_attention = block_attention(
-            _head_layout(self.drafter.kv, config.num_heads // (config.num_kv_heads // self.drafter.kv.shape[4])),
+            _head_layout(self.drafter.kv, self.drafter.head.num_local_heads),
             num_requests=requests,
             rows_per_request=num_slots,
             page_table=self._context_table,
@@ -209,7 +214,8 @@ class StaticStep:
             ids, scores = mix_on_device(ids, scores, weights=inputs["guess_weights"], **guesses)
         if bucket.has_price:
             scores = calibrate_on_device(scores, inputs["maps"], inputs["kinds"])
-        return Candidates(ids=ids.contiguous(), scores=scores.contiguous())
+        # Logits are the same on all ranks, but what is made of them may differ in the last bit from chip to chip.
+        return Candidates(ids=self._tp.broadcast(ids.contiguous()), scores=self._tp.broadcast(scores.contiguous()))
 
     def _guess(self) -> Candidates:
         """The head's pass over anchors and masks."""

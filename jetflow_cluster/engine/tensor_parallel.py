@@ -1,7 +1,8 @@
 """An engine whose target and draft head are split over ranks: rank 0 decides, every rank computes.
 
 Rank 0 runs the whole engine. What its runners are about to compute they first announce on a channel, so that every
-other rank, in `Follower.run`, enters the same collectives with its own part of weights and KV.
+other rank, in `Follower.run`, enters the same collectives with its own part of weights and KV: each pass by itself, or
+a step on static buffers as a whole, whose collectives are among its launches.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from jetflow_cluster.engine.batch import StepBatch
+from jetflow_cluster.engine.bucket import Bucket
 from jetflow_cluster.engine.draft_runner import ContextRows, DraftBlocks, HeadDrafter
+from jetflow_cluster.engine.graph_runner import Announce
+from jetflow_cluster.engine.prompt_rows import PromptNumbers
 from jetflow_cluster.engine.protocols import EngineLostError
+from jetflow_cluster.engine.recorded_steps import RecordedSteps
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.models.batch import ForwardBatch
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
@@ -109,6 +114,14 @@ class Draft:
     num_slots: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A step on static buffers, whose inputs follow as its first broadcast."""
+
+    bucket: Bucket
+    prompts: PromptNumbers | None
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Ranks that did not all do the same are out of step for good.
@@ -165,12 +178,31 @@ class LeadingDrafter(HeadDrafter):
             return super().block_logits(blocks)
 
 
-class Follower:
-    """Every other rank: does what rank 0 announces."""
+def announcing(channel: LeaderChannel) -> Announce:
+    """What rank 0 announces steps on static buffers by."""
 
-    def __init__(self, target: TargetRunner, drafter: HeadDrafter | None, channel: FollowerChannel, tp: TpGroup):
+    @contextmanager
+    def announce(bucket: Bucket, prompts: PromptNumbers | None) -> Iterator[None]:
+        with together():
+            channel.send(Step(bucket=bucket, prompts=prompts))
+            yield
+
+    return announce
+
+
+class Follower:
+    """Every other rank: does what rank 0 announces. `steps` are there if rank 0 has them."""
+
+    def __init__(
+        self,
+        target: TargetRunner,
+        drafter: HeadDrafter | None,
+        channel: FollowerChannel,
+        tp: TpGroup,
+        steps: RecordedSteps | None = None,
+    ):
         self._target, self._drafter, self._channel, self._tp = target, drafter, channel, tp
-        self._device = target.device
+        self._device, self._steps = target.device, steps
         #: Told what begins, and an empty name when the leader is waited for.
         self.on_stage: Callable[[str], None] = lambda stage: None
 
@@ -187,8 +219,12 @@ class Follower:
                     self._obey(command)
                 self.on_stage("")
 
-    def _obey(self, command: Verify | Commit | Absorb | Draft) -> None:
+    def _obey(self, command: Verify | Commit | Absorb | Draft | Step) -> None:
         match command:
+            case Step():
+                if self._steps is None:
+                    raise RuntimeError("the leader records steps, and this rank does not")
+                self._steps.get(command.bucket, is_replayed=command.prompts is None).run(command.prompts)
             case Verify():
                 batch = command.rows.batch(self._target.page_size, self._device)
                 self._target.verify_rows(batch, command.logits_rows, ())

@@ -27,6 +27,11 @@ class TpGroup:
         """The ranks of an initialised `torch.distributed` group; None is the default group."""
         return cls(dist.get_rank(process_group), dist.get_world_size(process_group), process_group)
 
+    @property
+    def may_be_recorded(self) -> bool:
+        """Whether a CUDA graph may hold its collectives: NCCL's, but not Gloo's, which run on the host."""
+        return self.size == 1 or bool(dist.get_backend(self._group) == "nccl")
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place."""
         if self.size > 1:

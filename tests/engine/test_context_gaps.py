@@ -57,7 +57,7 @@ def test_same_trees_behind_gaps_of_the_draft_context(
         trees = [] if has_lookup else [records, [output.speculation for output in outputs]]
         found.append(([output.token_ids for output in outputs], trees))
         if runner is not None:
-            assert any(bucket.has_gaps for bucket in runner._steps)
+            assert any(bucket.has_gaps for bucket in runner.steps.kept)
             num_eager = llm.stats().num_steps - runner.num_static_steps - runner.num_mixed_steps
             assert num_eager <= 2 * len(given), "only where a context begins"
     assert found[0] == found[1]

@@ -11,23 +11,28 @@ import torch
 from jetflow_cluster import LLM
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.resolve import compute_device, why_no_graphs
+from jetflow_cluster.parallel.tp_group import TpGroup
 from support.adversaries import NoDrafter
 
 
 @pytest.mark.parametrize(
-    ("device", "options", "reason"),
+    ("device", "options", "backend", "reason"),
     [
-        pytest.param("cuda", {}, None, id="one-gpu"),
-        pytest.param("cuda:1", {}, None, id="another-gpu"),
-        pytest.param("cpu", {}, "device = cpu", id="cpu"),
-        pytest.param("cuda", {"cuda_graphs": False}, "cuda_graphs = False", id="switched-off"),
-        pytest.param("cuda", {"tensor_parallel_size": 2}, "tensor_parallel_size = 2", id="ranks"),
-        pytest.param("cpu", {"tensor_parallel_size": 2}, "device = cpu", id="ranks-on-a-cpu"),
+        pytest.param("cuda", {}, None, None, id="one-gpu"),
+        pytest.param("cuda:1", {}, None, None, id="another-gpu"),
+        pytest.param("cpu", {}, None, "device = cpu", id="cpu"),
+        pytest.param("cuda", {"cuda_graphs": False}, None, "cuda_graphs = False", id="switched-off"),
+        pytest.param("cuda", {}, "nccl", None, id="ranks"),
+        pytest.param("cuda", {}, "gloo", "tensor_parallel_size = 2", id="ranks-on-the-host"),
+        pytest.param("cpu", {}, "gloo", "device = cpu", id="ranks-on-a-cpu"),
     ],
 )
-def test_rule(device: str, options: dict[str, Any], reason: str | None) -> None:
-    config = EngineConfig(**options)
-    found = why_no_graphs(config, torch.device(device))
+def test_rule(
+    device: str, options: dict[str, Any], backend: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.get_backend", lambda group: backend)
+    tp = TpGroup.single() if backend is None else TpGroup(0, 2)
+    found = why_no_graphs(EngineConfig(**options, tensor_parallel_size=tp.size), torch.device(device), tp)
     assert found is None if reason is None else found is not None and found.startswith(reason)
 
 

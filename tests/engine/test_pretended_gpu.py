@@ -125,8 +125,8 @@ def test_a_replayed_step_waits_for_nothing(folders: tuple[Path, Path], monkeypat
         runner = llm.engine.compute.__self__
         assert isinstance(runner, GraphRunner)
         for _ in range(2):
-            waits, num_buckets = _steps(llm, gpu, params), len(runner._steps)
-        assert len(runner._steps) == num_buckets and runner.num_static_steps > 10
+            waits, num_buckets = _steps(llm, gpu, params), len(runner.steps.kept)
+        assert len(runner.steps.kept) == num_buckets and runner.num_static_steps > 10
     assert waits == []
 
 
@@ -142,10 +142,12 @@ def _steps(llm: LLM, gpu: PretendGpu, params: list[SamplingParams]) -> list[str]
     return list(gpu.waits)
 
 
-def test_two_ranks(folders: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_static", [False, True], ids=["eager", "static"])
+def test_two_ranks(folders: tuple[Path, Path], is_static: bool, tmp_path: Path) -> None:
     prompts, params = make_requests(4, max_tokens=10)
     options = {"model": str(folders[0]), "draft_head": str(folders[1]), "dtype": "float64", "draft_dtype": "float64"}
-    found = run_on_ranks(EngineConfig(**options, device="cuda", num_pages=128), 2, prompts, params, tmp_path)
+    config = EngineConfig(**options, device="cuda", num_pages=128)
+    found = run_on_ranks(config, 2, prompts, params, tmp_path, is_static=is_static)
     oracle = Oracle(folders[0], torch.float64, frozenset({EOS_ID}), 256)
     assert found == [oracle.complete(p, s)[0] for p, s in zip(prompts, params, strict=True)]
 

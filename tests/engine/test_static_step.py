@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
-from jetflow_cluster.engine import graph_runner, static_step
+from jetflow_cluster.engine import recorded_steps, static_step
 from jetflow_cluster.engine.bucket import Bucket
 from jetflow_cluster.engine.budget import FixedBudget
 from jetflow_cluster.engine.device_builder import value_table
@@ -59,9 +59,9 @@ def test_same_tokens_as_eager_steps(eager: LLM, static: tuple[LLM, GraphRunner],
     assert runner.num_static_steps > 10
     assert runner.num_static_steps + runner.num_mixed_steps > 0.8 * llm.stats().num_steps, "few are left to eager steps"
     assert runner.num_mixed_steps > 3
-    buckets = list(runner._steps)
+    buckets = list(runner.steps.kept)
     assert any(bucket.has_changes and bucket.keeps_logits for bucket in buckets) is (kind == "changed")
-    kept = [recorded.step.logits for recorded in runner._steps.values() if recorded.step.logits is not None]
+    kept = [recorded.step.logits for recorded in runner.steps.kept.values() if recorded.step.logits is not None]
     assert len({logits.data_ptr() for logits in kept}) <= 1, "one room for all"
     assert (len(kept) > 1) is (kind == "changed")
     assert len({bucket.num_requests for bucket in buckets}) > 1
@@ -72,15 +72,15 @@ def test_same_tokens_as_eager_steps(eager: LLM, static: tuple[LLM, GraphRunner],
 def test_buckets_that_nobody_needs_give_way(
     eager: LLM, static: tuple[LLM, GraphRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph_runner, "MAX_KEPT", 2)
+    monkeypatch.setattr(recorded_steps, "MAX_KEPT", 2)
     llm, runner = static
     made: list[Bucket] = []
     monkeypatch.setattr(
-        graph_runner, "StaticStep", lambda bucket, *parts: made.append(bucket) or StaticStep(bucket, *parts)
+        recorded_steps, "StaticStep", lambda bucket, *parts: made.append(bucket) or StaticStep(bucket, *parts)
     )
     given = requests_of(4, "mixed")
     assert [o.token_ids for o in run_joining(llm, given)] == [o.token_ids for o in run_joining(eager, given)]
-    assert len(runner._steps) == 2
+    assert len(runner.steps.kept) == 2
     assert len(made) > len(set(made)) > 2, "what gave way is made anew"
     assert runner.num_static_steps + runner.num_mixed_steps > len(made), "what is needed stays"
 
@@ -176,8 +176,12 @@ def test_same_trees_with_prices_calibration_and_lookups() -> None:
         assert budget.num_learned > 4
         found.append((records, [o.token_ids for o in outputs], [o.speculation for o in outputs], budget.maps.tolist()))
         if runner is not None:
-            assert {(b.has_head, b.has_lookup) for b in runner._steps} >= {(True, True), (False, True), (True, False)}
-            assert any(bucket.has_price for bucket in runner._steps)
+            assert {(b.has_head, b.has_lookup) for b in runner.steps.kept} >= {
+                (True, True),
+                (False, True),
+                (True, False),
+            }
+            assert any(bucket.has_price for bucket in runner.steps.kept)
     assert found[0] == found[1]
 
 
@@ -191,7 +195,7 @@ def test_time_of_recording_is_not_the_steps(static: tuple[LLM, GraphRunner], mon
             clock[0] += 100.0
             return launches
 
-    runner._recorder = Slow()
+    runner.steps._recorder = Slow()
     took: list[float] = []
     monkeypatch.setattr(llm.engine.scheduler.budget, "observe", lambda *told: took.append(told[-1]))
     run_joining(llm, requests_of(3, "greedy", num=3))

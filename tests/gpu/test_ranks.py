@@ -12,10 +12,28 @@ from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.engine.graph_runner import GraphRunner
 from jetflow_cluster.engine.recording import CudaGraphs
 from jetflow_cluster.parallel.tp_group import TpGroup
+from support.joining import requests_of
 from support.mixed_batches import make_requests, run_mixed
 from support.near_ties import assert_same_tokens
 from support.oracle import Oracle
 from support.rank_engines import run_on_ranks
+
+
+class OneOfNccl(TpGroup):
+    """A group of one whose collectives are carried out all the same."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x)
+        return x
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        dist.broadcast(x, 0)
+        return x
+
+    def all_gather_last_dim(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(x)]
+        dist.all_gather(parts, x.contiguous())
+        return parts[0]
 
 
 def _config(folders: tuple[Path, Path], dtype: str) -> EngineConfig:
@@ -34,6 +52,13 @@ def test_two_ranks_in_fp32(folders: tuple[Path, Path], oracle: Oracle, tmp_path:
 def test_two_ranks_in_fp64_without_exception(folders: tuple[Path, Path], oracle: Oracle, tmp_path: Path) -> None:
     prompts, params = make_requests(5, max_tokens=16)
     found = run_on_ranks(_config(folders, "float64"), 2, prompts, params, tmp_path)
+    assert found == [oracle.complete(p, s)[0] for p, s in zip(prompts, params, strict=True)]
+
+
+def test_two_ranks_on_static_buffers(folders: tuple[Path, Path], oracle: Oracle, tmp_path: Path) -> None:
+    """Not recorded, as Gloo joins them."""
+    prompts, params = zip(*requests_of(6, "changed"), strict=True)
+    found = run_on_ranks(_config(folders, "float64"), 2, prompts, params, tmp_path, is_static=True)
     assert found == [oracle.complete(p, s)[0] for p, s in zip(prompts, params, strict=True)]
 
 
@@ -74,8 +99,8 @@ def test_nccl_with_one_rank(folders: tuple[Path, Path], tmp_path: Path) -> None:
         dist.all_gather(gathered, numbers)
         dist.broadcast(numbers, 0)
         assert numbers.tolist() == gathered[0].tolist() == [0.0, 1.0, 2.0, 3.0]
-        tp = TpGroup.from_process_group()
-        assert tp.smallest(7) == 7
+        assert TpGroup.from_process_group().smallest(7) == 7
+        tp = OneOfNccl(0, 1)
         frontend = EngineFrontend(_config(folders, "float32"), tree_nodes={8: 12}, tp=tp)
         requests = [frontend.make_request(str(i), p, s) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
         for request in requests:
