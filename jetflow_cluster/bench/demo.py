@@ -159,7 +159,6 @@ def _results(config: DemoConfig, llm: LLM, pairs: Sequence[_Pair], near_ties: li
         "machine": describe_machine(),
         "model": config.model or "embedded default",
         "dtype": config.dtype,
-        "tree_nodes_by_running": getattr(llm.engine.scheduler.budget, "nodes_by_running", {}),
         "num_different_outputs": len(near_ties),
         "near_ties": near_ties,
         "rows": rows,

@@ -107,7 +107,6 @@ def run_offline(config: OfflineBenchConfig, *, on_progress: Callable[[str, int, 
         _warm_up(turns)
         measurements += _measure(config, turns, dtype, on_progress)
         model |= _describe_model(config, llm)
-        model["tree_nodes_by_running"] = model.get("tree_nodes_by_running", {}) | {dtype: _budget(llm)}
     settings = asdict(config) | {"prompts": str(config.prompts or "held-out prompts of the embedded default")}
     return {
         "machine": machine,
@@ -176,11 +175,6 @@ def _measure(
         ]
     on_progress(f"{dtype}: done", total, total)
     return measurements
-
-
-def _budget(llm: LLM) -> dict[str, int]:
-    table = getattr(llm.engine.scheduler.budget, "nodes_by_running", {})
-    return {str(running): nodes for running, nodes in table.items()}
 
 
 def _describe_model(config: OfflineBenchConfig, llm: LLM) -> dict[str, Any]:
