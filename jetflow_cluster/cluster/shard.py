@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import gc
 import logging
+import math
 import os
 import secrets
 import sys
@@ -149,6 +150,8 @@ class TargetShard:
         timeout = datetime.timedelta(seconds=_START_TIMEOUT_S)
         store = self._store or TCPStore(*doors.store, self._size, is_master=False, timeout=timeout)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
+        # Buffers of recorded collectives, registered with NCCL, do not go with allocations that grow in segments.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         dist.init_process_group(backend, store=store, rank=self._rank, world_size=self._size)
         self._phases["rendezvous"] = time.monotonic() - started
         return TpGroup.from_process_group()
@@ -174,6 +177,7 @@ class TargetShard:
         started = time.monotonic()
         if self._size > 1:
             self._channel.accept(self._size - 1)
+            threading.Thread(target=self._watch_ranks, name="ranks", daemon=True).start()
         has_workers = self._config.num_draft_workers > 0
         self._frontend = EngineFrontend(
             self._config.engine_config(),
@@ -249,6 +253,15 @@ class TargetShard:
             ready.set_exception(error)
             return
         self._loop.run_forever()
+
+    def _watch_ranks(self) -> None:
+        """Ends the process when a rank is gone: recorded collectives wait for it without limit, also at warm-up."""
+        assert self._channel is not None
+        while True:
+            time.sleep(_LOOK_S)
+            rank, silent_s = self._channel.silence()
+            if silent_s == math.inf:
+                die(f"{self._replica_id}: rank {rank} is gone")
 
     def _watch(self) -> None:
         """Ends the process when a rank is gone, a step does not end or the loop is lost: nobody else could."""

@@ -146,13 +146,21 @@ class GraphRunner:
             # Behind a prompt: what waits is projected now, and from here on the steps do it.
             self.drafter.absorb([item.request for item in plan.items if item.keeps_context and _decodes(item)])
         prompts = self._prompts(chunks, parts, bucket)
+        failure: Exception | None = None
         with self._announce(bucket, prompts):
             began_s = time.perf_counter()
             recorded = self.steps.get(bucket, is_replayed=prompts is None)
             held_up_s = time.perf_counter() - began_s
-            self._write(recorded, plan, parts, budget=max(plan.tree_budget - len(chunks), len(parts)))
+            try:
+                self._write(recorded, plan, parts, budget=max(plan.tree_budget - len(chunks), len(parts)))
+            except Exception as error:
+                # Other ranks are in the step already: it is done for nobody.
+                failure = error
+                recorded.inputs.clear()
             self.on_stage("verify")
             taps = recorded.run(prompts)
+        if failure is not None:
+            raise failure
         self.num_static_steps += prompts is None
         self.num_mixed_steps += prompts is not None
         step = recorded.step

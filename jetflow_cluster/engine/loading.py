@@ -152,7 +152,7 @@ def load_follower(config: EngineConfig, *, tp: TpGroup, channel: FollowerChannel
     runner = parts.runner(config.page_size, None)
     drafter = parts.drafter(config.page_size) if parts.head is not None else None
     steps: RecordedSteps | None = None
-    if why_no_graphs(config, runner.device, tp) is None:
+    if with_head and why_no_graphs(config, runner.device, tp) is None:
         steps = RecordedSteps(
             runner,
             drafter,

@@ -67,7 +67,8 @@ def plan_memory(config: EngineConfig, tp: TpGroup | None = None, *, with_head: b
         num_taps = len(part.config.target_layer_ids)
         items += weight_items("draft head", part, device)
     items.append(activation_item(target, head, num_taps, limits, device))
-    has_graphs = why_no_graphs(config, device, tp) is None
+    # With a head elsewhere nothing is recorded.
+    has_graphs = with_head and why_no_graphs(config, device, tp) is None
     if has_graphs:
         items.append(graph_item(target, head, num_taps, limits, device))
     plan = fit_pages(

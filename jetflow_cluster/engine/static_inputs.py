@@ -77,7 +77,7 @@ class StaticInputs:
 
     def clear(self) -> None:
         """Rows that stand for nobody, on the device as well."""
-        for row in range(self._num_rows):
+        for row in range(self._step.bucket.num_requests):
             self._let_go(row)
         self._num_rows = 0
         self._step.inputs.upload()

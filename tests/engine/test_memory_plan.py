@@ -139,7 +139,9 @@ def test_recorded_steps_have_a_scratch_page_and_a_pool(
     given = options(tiny_target_dir, tiny_head_dir, device="cuda")
     plan = plan_memory(EngineConfig(**given))
     without = plan_memory(EngineConfig(**given, cuda_graphs=False))
-    assert (plan.num_scratch_pages, without.num_scratch_pages) == (1, 0)
+    elsewhere = plan_memory(EngineConfig(**given), with_head=False)
+    assert (plan.num_scratch_pages, without.num_scratch_pages, elsewhere.num_scratch_pages) == (1, 0, 0)
+    assert "graphs" not in sizes(elsewhere)
     assert sizes(plan)["graphs"] > sizes(plan)["activations"]
     assert plan.total_bytes - without.total_bytes == sizes(plan)["graphs"] + plan.page_bytes
     assert not [name for name in sizes(plan) if "CPU" in name]

@@ -18,8 +18,10 @@ from jetflow_cluster.engine.bucket import Bucket
 from jetflow_cluster.engine.budget import FixedBudget
 from jetflow_cluster.engine.device_builder import value_table
 from jetflow_cluster.engine.graph_runner import GraphRunner
-from jetflow_cluster.engine.prompt_rows import PromptRows
+from jetflow_cluster.engine.prompt_rows import PromptNumbers, PromptRows
 from jetflow_cluster.engine.protocols import Allowance, DecodeLoad, Source, StepPlan, StepRecord
+from jetflow_cluster.engine.recorded_steps import RecordedStep
+from jetflow_cluster.engine.static_inputs import StaticInputs
 from jetflow_cluster.engine.static_step import StaticStep
 from jetflow_cluster.engine.value_model import ValueModel
 from jetflow_cluster.layers import attention
@@ -183,6 +185,42 @@ def test_same_trees_with_prices_calibration_and_lookups() -> None:
             }
             assert any(bucket.has_price for bucket in runner.steps.kept)
     assert found[0] == found[1]
+
+
+def test_inputs_that_fail_end_their_requests_alone(
+    eager: LLM, static: tuple[LLM, GraphRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is done for nobody, as other ranks may be in it already."""
+    llm, runner = static
+    write, num_writes, num_runs = StaticInputs.write, 0, 0
+
+    def failing(inputs: StaticInputs, *args: object, **options: object) -> None:
+        nonlocal num_writes
+        num_writes += 1
+        write(inputs, *args, **options)  # type: ignore[arg-type]
+        if num_writes == 6:
+            raise ValueError("no such number")
+
+    run = RecordedStep.run
+
+    def counted(step: RecordedStep, prompts: PromptNumbers | None) -> torch.Tensor | None:
+        nonlocal num_runs
+        num_runs += 1
+        return run(step, prompts)
+
+    monkeypatch.setattr(StaticInputs, "write", failing)
+    monkeypatch.setattr(RecordedStep, "run", counted)
+    given = requests_of(3, "mixed")
+    made = [llm.frontend.make_request(f"r{i}", *one) for i, one in enumerate(given)]
+    for request in made[:2]:
+        llm.engine.add(request)
+    while not any(request.error for request in made):
+        llm.engine.step()
+    assert num_writes == num_runs == 6
+    assert llm.stats().num_used_pages == 0
+    expected = [output.token_ids for output in run_joining(eager, given)]
+    assert [output.token_ids for output in run_joining(llm, given)] == expected
+    assert runner.num_static_steps > 10
 
 
 def test_time_of_recording_is_not_the_steps(static: tuple[LLM, GraphRunner], monkeypatch: pytest.MonkeyPatch) -> None:
