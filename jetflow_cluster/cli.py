@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +17,6 @@ from jetflow_cluster import cli_options as opt
 from jetflow_cluster.console import Commands, apply_environment, stderr, stdout
 from jetflow_cluster.env import read_environment
 from jetflow_cluster.types import (
-    InvalidRequestError,
     RequestOutput,
     SamplingParams,
     SpeculationMode,
@@ -99,8 +100,7 @@ def generate(
     stats: Annotated[bool, typer.Option("--stats", help="Colour guessed tokens; tell speed and acceptance.")] = False,
 ) -> None:
     """Complete a prompt; text streams as it is made."""
-    if logprobs is not None and not as_json:
-        raise InvalidRequestError("logprobs", logprobs, "needs --json")
+    opt.check_shown(logprobs, as_json=as_json)
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
@@ -121,16 +121,22 @@ def generate(
     )
     text = opt.read_prompt(prompt, file)
     access = cli_remote.Access(token=token, ca_cert=ca_cert, client_cert=client_cert, client_key=client_key)
+    engine = {"draft_head": draft_head, "dtype": dtype.value, "device": device, "max_model_len": max_model_len}
+    with _opened(server, access, model, engine, speculation) as llm:
+        _complete(llm, text, params, chat=chat, as_json=as_json, stats=stats)
+
+
+@contextmanager
+def _opened(
+    server: str | None, access: cli_remote.Access, model: str | None, engine: dict[str, Any], mode: SpeculationMode
+) -> Iterator[LLM | cli_remote.RemoteLLM]:
+    """The engine of a server, or one in this process."""
     access.check_used(server)
-    if server is not None:
-        if token is None:
-            access = dataclasses.replace(access, token=read_environment().token)
-        engine = {"draft_head": draft_head, "dtype": dtype.value, "device": device, "max_model_len": max_model_len}
+    if server is None:
+        yield _load(model, mode=mode, **engine)
+    else:
         with cli_remote.connect(server, model, engine, access) as remote:
-            _complete(remote, text, params, chat=chat, as_json=as_json, stats=stats)
-        return
-    llm = _load(model, draft_head, dtype, device, speculation, max_model_len=max_model_len)
-    _complete(llm, text, params, chat=chat, as_json=as_json, stats=stats)
+            yield remote
 
 
 def _complete(
@@ -148,15 +154,13 @@ def _complete(
         _print_stats(streamed)
 
 
-def _load(
-    model: str | None, draft_head: str | None, dtype: opt.DType, device: str, mode: SpeculationMode, **options: Any
-) -> LLM:
+def _load(model: str | None, draft_head: str | None, *, mode: SpeculationMode, **options: Any) -> LLM:
     """An engine for one request at a time; it measures what trees pay only where the answer is needed."""
     from jetflow_cluster import LLM
 
     table = None if mode is SpeculationMode.AUTO else {1: 1}
     with stderr.status("loading the model"):
-        return LLM(model, draft_head, dtype=dtype.value, device=device, max_num_requests=1, tree_nodes=table, **options)
+        return LLM(model, draft_head, max_num_requests=1, tree_nodes=table, **options)
 
 
 def _output_object(output: RequestOutput) -> dict[str, Any]:
@@ -253,7 +257,7 @@ def trace(
     options = SpeculationOptions(mode=speculation, max_tree_nodes=max_tree_nodes, max_depth=max_depth)
     params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, speculation=options)
     text = opt.read_prompt(prompt, file)
-    llm = _load(model, draft_head, dtype, device, speculation)
+    llm = _load(model, draft_head, mode=speculation, dtype=dtype.value, device=device)
 
     from jetflow_cluster.bench.trace import record_trace, trace_page
 

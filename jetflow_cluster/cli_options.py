@@ -71,6 +71,12 @@ MaxTreeNodes = Annotated[int | None, _option(_SPECULATION, "Most nodes of a tree
 MaxDepth = Annotated[int | None, _option(_SPECULATION, "Most guesses along one path.")]
 
 
+def check_shown(logprobs: int | None, *, as_json: bool) -> None:
+    """Raises InvalidRequestError for log-probabilities that nobody would see."""
+    if logprobs is not None and not as_json:
+        raise InvalidRequestError("logprobs", logprobs, "needs --json")
+
+
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt from the argument, a file, or standard input.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jetflow_cluster.env import read_environment
 from jetflow_cluster.types import InvalidRequestError, RequestDelta, RequestOutput, SamplingParams
 
 _DEFAULT_PORT = 9000
@@ -97,7 +98,7 @@ def connect(servers: str, model: str | None, engine_options: Mapping[str, Any], 
         servers: addresses divided by commas.
         model: name of the served model; None is whichever is served.
         engine_options: what was given for an engine; only what says nothing can stand with a server.
-        access: how the server is spoken to.
+        access: how the server is spoken to; without a token, that of the environment is shown.
 
     Raises:
         InvalidRequestError: an address is empty, or one of the options says something.
@@ -105,6 +106,8 @@ def connect(servers: str, model: str | None, engine_options: Mapping[str, Any], 
     for name, value in engine_options.items():
         if value not in (None, "auto"):
             raise InvalidRequestError(name, value, "is the server's to choose; leave it out with --server")
+    if access.token is None:
+        access = replace(access, token=read_environment().token)
     return RemoteLLM(servers, model, access)
 
 

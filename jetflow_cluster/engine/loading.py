@@ -116,15 +116,7 @@ def load_engine(
     reason = why_no_graphs(config, target.device, tp)
     if drafter_factory is not None or tree_builder is not None:
         reason = reason or "guesses or trees come from elsewhere"
-    _log.info("steps are %s", "replayed from CUDA graphs" if reason is None else f"computed launch by launch: {reason}")
-    if reason is None:
-        serve_from_graphs(
-            engine,
-            max_len=parts.max_model_len,
-            recorder=CudaGraphs(target.device),
-            tp=tp,
-            announce=announcing(channel) if channel is not None else nobody_else,
-        )
+    _replay(engine, parts.max_model_len, reason, tp, channel)
     return LoadedEngine(
         engine=engine,
         tokenizer=_tokenizer_of(parts.target_dir),
@@ -133,6 +125,15 @@ def load_engine(
         eos_token_ids=frozenset(target.config.eos_token_ids),
         memory=parts.memory,
     )
+
+
+def _replay(engine: Engine, max_len: int, reason: str | None, tp: TpGroup, channel: LeaderChannel | None) -> None:
+    """Has steps replayed, unless there is a reason against it."""
+    _log.info("steps are %s", "replayed from CUDA graphs" if reason is None else f"computed launch by launch: {reason}")
+    if reason is None:
+        announce = announcing(channel) if channel is not None else nobody_else
+        recorder = CudaGraphs(engine.target.device)
+        serve_from_graphs(engine, max_len=max_len, recorder=recorder, tp=tp, announce=announce)
 
 
 def _tokenizer_of(target_dir: Path) -> Tokenizer | None:
