@@ -52,7 +52,6 @@ class PromptNumbers:
     """`PromptRows` in plain numbers, as ranks tell one another."""
 
     token_ids: list[int]
-    positions: list[int]
     slots: list[int]
     query_lens: list[int]
     context_lens: list[int]
@@ -62,7 +61,9 @@ class PromptNumbers:
 
     def rows(self, page_size: int, device: torch.device) -> PromptRows:
         """On a device, where pages have so many slots."""
-        parents = [parent for num_rows in self.query_lens for parent in chain_parents(num_rows)]
+        chunks = list(zip(self.context_lens, self.query_lens, strict=True))
+        positions = [position for start, num in chunks for position in range(start, start + num)]
+        parents = [parent for _, num in chunks for parent in chain_parents(num)]
         attention = plan_tree_attention(
             query_lens=self.query_lens,
             context_lens=self.context_lens,
@@ -71,7 +72,7 @@ class PromptNumbers:
             page_size=page_size,
             is_chain=[True] * len(self.query_lens),
         )
-        rows = torch.tensor([self.token_ids, self.positions, self.slots], dtype=torch.int64)
+        rows = torch.tensor([self.token_ids, positions, self.slots], dtype=torch.int64)
         return PromptRows(
             rows=upload(rows, device),
             attention=attention,
@@ -91,21 +92,18 @@ def prompt_numbers(
         num_requests: R.
     """
     token_ids: list[int] = []
-    positions: list[int] = []
     slots: list[int] = []
     last_rows: list[int] = []
     choosers = [-1] * num_requests
     for item, place in zip(items, places, strict=True):
         request, start, stop = item.request, item.request.num_computed, item.request.num_computed + item.num_rows
         token_ids += request.token_ids[start:stop]
-        positions += range(start, stop)
         slots += request.pages.slots(start, stop)
         if place is not None:
             choosers[place] = len(last_rows)
             last_rows.append(len(token_ids) - 1)
     return PromptNumbers(
         token_ids=token_ids,
-        positions=positions,
         slots=slots,
         query_lens=[item.num_rows for item in items],
         context_lens=[item.request.num_computed for item in items],
