@@ -16,6 +16,7 @@ from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.placement import replica_shape
 from jetflow_cluster.router.ports import is_free
 from jetflow_cluster.rpc import GRPC_ENVIRONMENT
+from jetflow_kernels.machine import machine
 
 APP_NAME = "jetflow"
 #: What Ray's processes must find in their environment, so that stopped ones are replaced like dead ones, and routers
@@ -58,7 +59,7 @@ def connect(
     os.environ.update(RAY_ENVIRONMENT)
     wanted = (config.max_replicas or config.num_replicas) * sum(bundle["CPU"] for bundle in bundles)
     ray.init(
-        num_cpus=max(os.cpu_count() or 1, math.ceil(wanted)),
+        num_cpus=max(machine().num_cores, math.ceil(wanted)),
         include_dashboard=False,
         configure_logging=False,
         log_to_driver=log_to_driver,

@@ -128,6 +128,11 @@ class Machine:
             return "bfloat16"
         return "float32" if dtype in ("bfloat16", "float16") else dtype
 
+    def has_layouts(self, dtype: str) -> bool:
+        """Whether oneDNN lays a weight of this dtype out for products whose rows do not depend on each other.
+        Shown on x86-64 alone."""
+        return bool(self.onednn_level) and dtype in ("float32", "bfloat16") and self.computes_in(dtype) == dtype
+
 
 @cache
 def machine() -> Machine:
