@@ -1,0 +1,60 @@
+"""What one process of the lane does: the commands of a newcomer, then lossless cases, in fp32 and bf16. Prints one JSON
+object."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from typer.testing import CliRunner
+
+from jetflow_cluster import SamplingParams
+from jetflow_cluster.cli import app
+from jetflow_kernels.cpu import cpu_kernels
+from jetflow_kernels.machine import machine
+from support.same_outputs import check_same_outputs, held_out_prompts
+
+PROMPT = "def quicksort(items):"
+NUM_TOKENS = 16
+
+
+def generated(*options: str) -> list[int]:
+    """Tokens of ``jetflow generate``."""
+    done = CliRunner().invoke(app, ["generate", PROMPT, "--max-tokens", str(NUM_TOKENS), "--json", *options])
+    assert done.exit_code == 0, done.output
+    tokens: list[int] = json.loads(done.stdout)["token_ids"]
+    return tokens
+
+
+def main() -> None:
+    """Ends with 1 and the reason where something does not hold."""
+    prompts = held_out_prompts(4)
+    tokens = {"auto": generated()}
+    for dtype in ("bfloat16", "float16"):
+        tokens[dtype] = generated("--dtype", dtype, "--speculation", "force")
+    outputs = {
+        f"{dtype}, temperature {temperature}": [
+            output.token_ids
+            for output in check_same_outputs(
+                dtype, SamplingParams(temperature=temperature), prompts, max_tokens=NUM_TOKENS
+            )
+        ]
+        for dtype in ("auto", "bfloat16")
+        for temperature in (0.0, 0.8)
+    }
+    json.dump(
+        {
+            "isa": cpu_kernels().isa,
+            "onednn": machine().onednn_level,
+            "aten": machine().aten_level,
+            "num_cores": machine().num_cores,
+            "bfloat16": machine().computes_in("bfloat16"),
+            "tokens": tokens,
+            "outputs": outputs,
+        },
+        sys.stdout,
+    )
+
+
+if __name__ == "__main__":
+    main()
