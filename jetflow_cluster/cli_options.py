@@ -39,7 +39,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Model = Annotated[str | None, _option(_MODEL, "Target model: a folder or a Hugging Face id.")]
 DraftHead = Annotated[str | None, _option(_MODEL, "Draft head for it: a folder or a Hugging Face id.")]
 Device = Annotated[str, _option(_MODEL, "auto, cpu, cuda or cuda:N.")]
-ComputeType = Annotated[DType, _option(_MODEL, "Compute type; auto is float32 on a CPU, the checkpoint's own on a GPU.")]
+ComputeType = Annotated[
+    DType, _option(_MODEL, "Compute type; auto is float32 on a CPU, the checkpoint's own on a GPU.")
+]
 Server = Annotated[str | None, _option(_SERVER, "Ask a server, host:port; several by comma.")]
 Token = Annotated[str | None, _option(_SERVER, "Bearer token for it; better in JETFLOW_TOKEN.", "--token")]
 CaCert = Annotated[Path | None, _option(_SERVER, "Speak TLS; PEM file of the authorities to trust.")]

@@ -10,6 +10,7 @@ from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.models.config import TargetConfig
 from jetflow_cluster.models.loader import resolve_checkpoint
 from jetflow_cluster.parallel.tp_group import TpGroup
+from jetflow_kernels.cpu import cpu_kernels
 from jetflow_kernels.machine import machine
 
 BF16 = "bfloat16"
@@ -57,7 +58,7 @@ def compute_dtype(config: EngineConfig, device: torch.device) -> torch.dtype | N
     does not depend on its batch on any processor."""
     name = config.dtype
     if device.type == "cpu":
-        name = "float32" if name == "auto" else machine().computes_in(name)
+        name = "float32" if name == "auto" else _on_cpu(name)
     return None if name == "auto" else _dtype(name)
 
 
@@ -72,9 +73,9 @@ def compute_draft_dtype(config: EngineConfig, target_dtype: torch.dtype, device:
     """Of the draft head of a target with this dtype. Drafts may be computed in any: a draft is never a token."""
     name = config.draft_dtype
     if name == "auto":
-        is_bf16 = device.type == "cpu" and target_dtype is torch.float32 and machine().computes_in(BF16) == BF16
+        is_bf16 = device.type == "cpu" and target_dtype is torch.float32 and _on_cpu(BF16) == BF16
         return torch.bfloat16 if is_bf16 else target_dtype
-    return _dtype(machine().computes_in(name) if device.type == "cpu" else name)
+    return _dtype(_on_cpu(name) if device.type == "cpu" else name)
 
 
 def describe_dtype(config: EngineConfig, device: torch.device) -> str:
@@ -88,12 +89,19 @@ def describe_dtype(config: EngineConfig, device: torch.device) -> str:
         return f"{said}: {name}, as on every CPU: no token depends on the batch or on the tree that it is computed in"
     if device.type == "cpu" and name != config.dtype:
         return (
-            f"{said}: weights are rounded to it and computed with in {name}, since {machine().processor} has no "
-            f"{config.dtype} arithmetic whose rows do not depend on each other"
+            f"{said}: weights are rounded to it and computed with in {name}: here ({machine().processor}, CPU kernels "
+            f"{cpu_kernels().isa or 'none'}) a token would depend on its batch in {config.dtype}"
         )
     if name in HALF_DTYPES:
         return f"{said}: products have fewer digits than float32's, so where two tokens nearly tie another may win"
     return f"{said}: as asked for"
+
+
+def _on_cpu(name: str) -> str:
+    """The dtype that a CPU computes in for `name`: attention by plain torch is no less exact in bfloat16 than the
+    compiled one, but depends on the tree, and rounding makes that seen."""
+    computed = machine().computes_in(name)
+    return "float32" if computed == BF16 and cpu_kernels().functions is None else computed
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -18,17 +18,22 @@ from support.lane_run import NUM_TOKENS
 pytestmark = pytest.mark.lane
 
 ROOT = Path(__file__).parents[2]
-AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "JETFLOW_CPU_ISA": "avx2"}
-SSE42 = {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "JETFLOW_CPU_ISA": "sse42"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+AVX2 = ONE_THREAD | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "JETFLOW_CPU_ISA": "avx2"}
+SSE42 = ONE_THREAD | {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "JETFLOW_CPU_ISA": "sse42"}
 LIMIT_S = 300
+
+
+def environment_of(variables: dict[str, str], cache: Path) -> dict[str, str]:
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
+    return os.environ | {"PYTHONPATH": paths, "JETFLOW_CACHE_DIR": str(cache)} | variables
 
 
 def run(
     variables: dict[str, str], cache: Path, *, without_compiler: bool = False, cores: str | None = None
 ) -> dict[str, Any]:
     """What `support.lane_run` found in a process with these variables and a cache of its own."""
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
-    environment = os.environ | {"PYTHONPATH": paths, "JETFLOW_CACHE_DIR": str(cache)} | variables
+    environment = environment_of(variables, cache)
     if without_compiler:
         environment["PATH"] = str(cache)
         environment.pop("CC", None)
@@ -51,8 +56,10 @@ def first_core() -> str:
     [
         pytest.param("sse42", SSE42, "SSE41", "float32", id="sse4.2"),
         pytest.param("avx2", AVX2, "AVX2", "float32", id="avx2"),
-        pytest.param("avx512", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "AVX512_CORE", "float32", id="avx512 no bf16"),
-        pytest.param("scalar", {"JETFLOW_CPU_ISA": "scalar"}, None, None, id="scalar kernels"),
+        pytest.param(
+            "avx512", ONE_THREAD | {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "AVX512_CORE", "float32", id="avx512 no bf16"
+        ),
+        pytest.param("scalar", ONE_THREAD | {"JETFLOW_CPU_ISA": "scalar"}, None, None, id="scalar kernels"),
     ],
 )
 def test_on_another_processor(
@@ -73,4 +80,26 @@ def test_as_the_machine_is_and_with_one_thread_and_one_core(tmp_path: Path) -> N
 
 
 def test_without_a_compiler(tmp_path: Path) -> None:
-    assert run({}, tmp_path, without_compiler=True)["isa"] == ""
+    assert run(ONE_THREAD, tmp_path, without_compiler=True)["isa"] == ""
+
+
+@pytest.mark.skipif("avx2" not in machine().isas, reason="this processor has no AVX2")
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_served_with_avx2(tmp_path: Path, dtype: str) -> None:
+    """The same tokens as the engine in the command's own process."""
+    environment = environment_of(AVX2, tmp_path)
+    command = [sys.executable, "-m", "jetflow_cluster"]
+    asked = ["generate", "def quicksort(items):", "--max-tokens", "24", "--json"]
+    serve = [*command, "serve", "grpc_port=0", "http_port=none", "max_num_requests=4", f"dtype={dtype}"]
+    with (tmp_path / "log").open("w+") as log:
+        server = subprocess.Popen(serve, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert server.stdout is not None
+            address = next(line.split()[-1] for line in server.stdout if line.startswith("serving at"))
+            served = json.loads(subprocess.check_output([*command, *asked, "--server", address], env=environment))
+        finally:
+            server.terminate()
+            server.wait(LIMIT_S)
+    local = [*asked, "--dtype", dtype, "--speculation", "off"]
+    alone = json.loads(subprocess.check_output([*command, *local], env=environment))
+    assert served["token_ids"] == alone["token_ids"]
