@@ -24,7 +24,7 @@ from jetflow_cluster.cluster.observability import observe_process
 from jetflow_cluster.cluster.ray_metrics import RayMetrics
 from jetflow_cluster.cluster.replica_actors import ReplicaActors
 from jetflow_cluster.cluster.shard import die
-from jetflow_cluster.engine.resolve import checkpoints
+from jetflow_cluster.models.hub import checkpoints
 from jetflow_cluster.router.config import RouterConfig
 from jetflow_cluster.router.ports import is_free
 from jetflow_cluster.router.safety import is_loopback

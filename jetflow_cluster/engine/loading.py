@@ -23,7 +23,6 @@ from jetflow_cluster.engine.protocols import BudgetPolicy, Drafter, TreeBuilder
 from jetflow_cluster.engine.recorded_steps import RecordedSteps
 from jetflow_cluster.engine.recording import CudaGraphs
 from jetflow_cluster.engine.resolve import (
-    checkpoints,
     compute_device,
     compute_draft_dtype,
     compute_dtype,
@@ -34,6 +33,7 @@ from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.engine.tensor_parallel import Follower, LeadingDrafter, LeadingTarget, announcing
 from jetflow_cluster.models.draft_head import DraftFuser, DraftHead
+from jetflow_cluster.models.hub import checkpoints
 from jetflow_cluster.models.loader import (
     load_draft_head,
     load_fuser,
