@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util import get_node_ip_address
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from jetflow_cluster.cluster.actors import DraftActor, ShardActor
 from jetflow_cluster.cluster.config import ClusterConfig
-from jetflow_cluster.cluster.observability import observe_process
+from jetflow_cluster.cluster.handshake import Loaded, Served
 from jetflow_cluster.cluster.placement import Resources, check_fits, replica_shape
-from jetflow_cluster.cluster.ray_metrics import RayMetrics
-from jetflow_cluster.cluster.shard import DraftWorkerProcess, Loaded, Served, TargetShard
+from jetflow_cluster.engine.phases import Phases
 
 _log = logging.getLogger(__name__)
 
@@ -29,35 +28,12 @@ _PLACEMENT_TIMEOUT_S = 300.0
 _LOOK_S, _PULSE_S = 0.5, 0.5
 #: Seconds for an actor that has just started to answer.
 _JOIN_TIMEOUT_S = 5.0
+#: Seconds between looks at the phase of a start.
+_PHASE_S = 0.25
 #: Seconds for rank 0 to tell its load.
 _SIGNALS_TIMEOUT_S = 5.0
 #: Pause before a lost draft worker is made anew, in seconds; doubled with each start that fails.
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.1, 30.0
-
-
-class ShardActor(TargetShard):
-    """`TargetShard` in a process of its own."""
-
-    def __init__(self, config: ClusterConfig, rank: int, replica_id: str):
-        observe_process(config, {"replica_id": replica_id, "process": f"shard {rank}"})
-        metrics = RayMetrics({"replica_id": replica_id}) if rank == 0 else None
-        super().__init__(config, rank, get_node_ip_address(), replica_id, metrics=metrics)
-
-    def live(self) -> None:
-        """Never returns, so that its end tells the owner of the actor's death."""
-        threading.Event().wait()
-
-
-class DraftActor(DraftWorkerProcess):
-    """`DraftWorkerProcess` in a process of its own."""
-
-    def __init__(self, config: ClusterConfig, name: str):
-        observe_process(config, {"replica_id": name.partition("/")[0], "process": f"draft worker {name[-1]}"})
-        super().__init__(config, name)
-
-    def live(self) -> None:
-        """See `ShardActor.live`."""
-        threading.Event().wait()
 
 
 @dataclass(kw_only=True)
@@ -107,26 +83,39 @@ class ReplicaActors:
         """Of every actor that runs, by its name."""
         return {member.name: member.pid for member in [*self._shards, *list(self._workers.values())]}
 
-    def start(self) -> Served:
-        """Places, loads and warms up; returns what rank 0 serves."""
-        started = time.monotonic()
+    def start(self, on_phase: Callable[[str], None]) -> Served:
+        """Places, loads and warms up; returns what rank 0 serves.
+
+        Args:
+            on_phase: called with each phase as it begins.
+        """
+        phases = Phases()
+
+        def begin(phase: str) -> None:
+            phases.begin(phase)
+            on_phase(phase)
+
+        begin("placing")
         self._group = placement_group(self._shape.bundles, strategy=self._config.placement_strategy)
         ray.get(self._group.ready(), timeout=_PLACEMENT_TIMEOUT_S)
+        begin("processes")
         shards = [
             self._make(ShardActor, rank, self._shape.shards[rank], self._config, rank, self._replica_id)
             for rank in range(self._config.tensor_parallel_size)
         ]
+        # Their processes start meanwhile.
+        workers = [self._make_worker(index) for index in range(self._config.num_draft_workers)]
         doors = ray.get(shards[0].open.remote(self._secret))
-        placed = time.monotonic()
-        self._loaded = ray.get([shard.start.remote(doors) for shard in shards])[0]
+        phases.end()
+        self._loaded = _results([shard.start.remote(doors) for shard in shards], shards[0], on_phase)[0]
         self._shards = [_join(f"shard {rank}", shard) for rank, shard in enumerate(shards)]
-        for index in range(self._config.num_draft_workers):
-            self._load_worker(index)
+        for index, worker in enumerate(workers):
+            self._load_worker(index, worker)
         for index, (worker, begun) in list(self._loading.items()):
             ray.get(begun)
             self._take_in(index, worker)
-        served: Served = ray.get(shards[0].serve.remote())
-        served.phases["place"] = placed - started
+        served: Served = _results([shards[0].serve.remote()], shards[0], on_phase)[0]
+        served.phases.update({**phases.seconds, **served.phases})
         threading.Thread(target=self._watch, name="replica-watch", daemon=True).start()
         _log.info("%s serves at %s after %s", self._replica_id, served.address, served.phases)
         return served
@@ -168,12 +157,14 @@ class ReplicaActors:
         )
         return actor.remote(*args)
 
-    def _load_worker(self, index: int) -> None:
-        assert self._loaded is not None
-        assert self._loaded.links is not None
+    def _make_worker(self, index: int) -> Any:
         bundle = len(self._shape.shards) + index
         name = f"{self._replica_id}/{index}"
-        worker = self._make(DraftActor, bundle, self._shape.draft_workers[index], self._config, name)
+        return self._make(DraftActor, bundle, self._shape.draft_workers[index], self._config, name)
+
+    def _load_worker(self, index: int, worker: Any) -> None:
+        assert self._loaded is not None
+        assert self._loaded.links is not None
         self._loading[index] = (worker, worker.start.remote(self._loaded.links, self._secret, self._loaded.num_pages))
 
     def _take_in(self, index: int, worker: Any) -> None:
@@ -198,13 +189,13 @@ class ReplicaActors:
                     _log.warning("%s: %s %s and is made anew", self._replica_id, worker.name, reason)
                     ray.kill(worker.actor)
                     del self._workers[index]
-                    self._load_worker(index)
+                    self._load_worker(index, self._make_worker(index))
             for index, (worker, begun) in list(self._loading.items()):
                 if ray.wait([begun], timeout=0)[0]:
                     self._note_begun(index, worker, begun)
             for index in [i for i, moment in self._retry_at.items() if moment <= time.monotonic()]:
                 del self._retry_at[index]
-                self._load_worker(index)
+                self._load_worker(index, self._make_worker(index))
 
     def _why_lost(self, member: _Member) -> str | None:
         """None while the member lives; a stopped process counts as dead."""
@@ -240,3 +231,18 @@ class ReplicaActors:
 def _join(name: str, actor: Any) -> _Member:
     pid = ray.get(actor.process_id.remote(), timeout=_JOIN_TIMEOUT_S)
     return _Member(name=name, actor=actor, life=actor.live.remote(), pid=pid)
+
+
+def _results(calls: list[Any], shard: Any, on_phase: Callable[[str], None]) -> list[Any]:
+    """What the calls return, as soon as one of them fails its error; meanwhile the phases of `shard` are told."""
+    asked, told = shard.phase.remote(), ""
+    while True:
+        ended, running = ray.wait(calls, num_returns=len(calls), timeout=_PHASE_S)
+        ray.get(ended)
+        if not running:
+            return list(ray.get(calls))
+        if ray.wait([asked], timeout=0)[0]:
+            phase, asked = ray.get(asked), shard.phase.remote()
+            if phase and phase != told:
+                told = phase
+                on_phase(phase)
