@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -14,6 +16,7 @@ from ray import serve
 from jetflow_cluster.cluster.app import build_app
 from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.placement import replica_shape
+from jetflow_cluster.env import read_environment
 from jetflow_cluster.router.ports import is_free
 from jetflow_cluster.rpc import GRPC_ENVIRONMENT
 
@@ -56,6 +59,7 @@ def connect(
         return
     bundles = replica_shape(config, cluster_has_gpus=False).bundles
     os.environ.update(RAY_ENVIRONMENT)
+    _compile_meanwhile()
     wanted = (config.max_replicas or config.num_replicas) * sum(bundle["CPU"] for bundle in bundles)
     ray.init(
         num_cpus=max(os.cpu_count() or 1, math.ceil(wanted)),
@@ -64,6 +68,15 @@ def connect(
         log_to_driver=log_to_driver,
         _metrics_export_port=metrics_port if metrics_port is not None and is_free("0.0.0.0", metrics_port) else None,
     )
+
+
+def _compile_meanwhile() -> None:
+    """On a machine that has compiled no kernels yet, has them compiled while Ray starts. Shards wait for what is being
+    compiled, and compile what is missing."""
+    environment = read_environment()
+    if environment.cpu_kernels and not any((environment.cache_dir.expanduser() / "kernels").glob("*.so")):
+        command = [sys.executable, "-c", "from jetflow_kernels.cpu import cpu_kernels; cpu_kernels()"]
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def deploy(config: ClusterConfig) -> str:
