@@ -37,6 +37,8 @@ RAY_ENVIRONMENT = {
 _READY_TIMEOUT_S = 1800.0
 _LOOK_S = 0.1
 _MAX_TRACE_CALLS = 50
+#: Seconds for a process that starts to answer.
+_ANSWER_S = 2.0
 
 
 def connect(
@@ -97,6 +99,13 @@ def deploy(config: ClusterConfig) -> str:
             raise TimeoutError(f"the router at {address} did not become healthy in {_READY_TIMEOUT_S:.0f} s")
         time.sleep(_LOOK_S)
     return address
+
+
+def starting() -> dict[str, str]:
+    """What the start of each replica is at, by its name; raises where nobody can say yet."""
+    handle = serve.get_deployment_handle("Directory", APP_NAME)
+    found: dict[str, str] = handle.starting.remote().result(timeout_s=_ANSWER_S)
+    return found
 
 
 def overview() -> dict[str, Any]:
