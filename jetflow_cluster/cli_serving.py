@@ -34,11 +34,16 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model over gRPC until Ctrl-C."""
-    from jetflow_cluster.cluster import launch
     from jetflow_cluster.cluster.config import ClusterConfig
+    from jetflow_cluster.cluster.preflight import check_before_start
 
     wanted = ClusterConfig.from_mapping((_read_file(config) if config is not None else {}) | _pairs(settings or []))
+    check_before_start(wanted, is_here=address is None)
+
+    from jetflow_cluster.cluster import launch
+
     launch.connect(address, wanted, metrics_port=METRICS_PORT)
+    has_served = False
     try:
         with stderr.status("placing, loading and warming up"):
             served = launch.deploy(wanted)
@@ -53,11 +58,13 @@ def serve(
         stopped = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())
+        has_served = True
         stdout.print(f"serving at {served}", highlight=False)
         stopped.wait()
     finally:
-        stderr.print("draining")
-        launch.shut_down()
+        if has_served:
+            stderr.print("draining")
+        launch.shut_down(has_served=has_served)
 
 
 def timeline(

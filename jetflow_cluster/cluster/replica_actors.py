@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from jetflow_cluster.cluster.config import ClusterConfig
+from jetflow_cluster.cluster.failures import LostError, Place, StartError, failed_start, own_place
 from jetflow_cluster.cluster.observability import observe_process
 from jetflow_cluster.cluster.placement import Resources, check_fits, replica_shape
 from jetflow_cluster.cluster.ray_metrics import RayMetrics
@@ -31,6 +33,8 @@ _LOOK_S, _PULSE_S = 0.5, 0.5
 _JOIN_TIMEOUT_S = 5.0
 #: Seconds for rank 0 to tell its load.
 _SIGNALS_TIMEOUT_S = 5.0
+#: Seconds in which other actors may fail too, and say more than that one is gone.
+_CAUSE_S = 1.0
 #: Pause before a lost draft worker is made anew, in seconds; doubled with each start that fails.
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.1, 30.0
 
@@ -43,6 +47,10 @@ class ShardActor(TargetShard):
         metrics = RayMetrics({"replica_id": replica_id}) if rank == 0 else None
         super().__init__(config, rank, get_node_ip_address(), replica_id, metrics=metrics)
 
+    def place(self) -> Place:
+        """See `own_place`."""
+        return own_place()
+
     def live(self) -> None:
         """Never returns, so that its end tells the owner of the actor's death."""
         threading.Event().wait()
@@ -54,6 +62,10 @@ class DraftActor(DraftWorkerProcess):
     def __init__(self, config: ClusterConfig, name: str):
         observe_process(config, {"replica_id": name.partition("/")[0], "process": f"draft worker {name[-1]}"})
         super().__init__(config, name)
+
+    def place(self) -> Place:
+        """See `own_place`."""
+        return own_place()
 
     def live(self) -> None:
         """See `ShardActor.live`."""
@@ -101,6 +113,9 @@ class ReplicaActors:
         self._num_failures = 0
         self._loaded: Loaded | None = None
         self._closed = threading.Event()
+        #: Of each actor of the first start by its name, and where it runs.
+        self._made: dict[str, Any] = {}
+        self._places: dict[str, Any] = {}
 
     @property
     def process_ids(self) -> dict[str, int]:
@@ -108,25 +123,37 @@ class ReplicaActors:
         return {member.name: member.pid for member in [*self._shards, *list(self._workers.values())]}
 
     def start(self) -> Served:
-        """Places, loads and warms up; returns what rank 0 serves."""
+        """Places, loads and warms up; returns what rank 0 serves.
+
+        Raises:
+            StartError: an actor could not start; names it with its node, the cause and its log.
+        """
         started = time.monotonic()
         self._group = placement_group(self._shape.bundles, strategy=self._config.placement_strategy)
-        ray.get(self._group.ready(), timeout=_PLACEMENT_TIMEOUT_S)
-        shards = [
-            self._make(ShardActor, rank, self._shape.shards[rank], self._config, rank, self._replica_id)
+        self._wait_for_group(self._group)
+        shards = {
+            f"shard {rank}": self._make(
+                ShardActor, rank, self._shape.shards[rank], self._config, rank, self._replica_id
+            )
             for rank in range(self._config.tensor_parallel_size)
-        ]
-        doors = ray.get(shards[0].open.remote(self._secret))
+        }
+        self._note_made(shards)
+        first = shards["shard 0"]
+        (doors,) = self._results({"shard 0": first.open.remote(self._secret)})
         placed = time.monotonic()
-        self._loaded = ray.get([shard.start.remote(doors) for shard in shards])[0]
-        self._shards = [_join(f"shard {rank}", shard) for rank, shard in enumerate(shards)]
+        self._loaded = self._results({name: shard.start.remote(doors) for name, shard in shards.items()})[0]
+        self._shards = [_join(name, shard) for name, shard in shards.items()]
         for index in range(self._config.num_draft_workers):
             self._load_worker(index)
-        for index, (worker, begun) in list(self._loading.items()):
-            ray.get(begun)
+        loading = {f"draft worker {index}": begun for index, (_, begun) in self._loading.items()}
+        self._note_made({f"draft worker {index}": worker for index, (worker, _) in self._loading.items()})
+        self._results(loading)
+        for index, (worker, _) in list(self._loading.items()):
             self._take_in(index, worker)
-        served: Served = ray.get(shards[0].serve.remote())
+        (served,) = self._results({"shard 0": first.serve.remote()})
         served.phases["place"] = placed - started
+        self._made.clear()
+        self._places.clear()
         threading.Thread(target=self._watch, name="replica-watch", daemon=True).start()
         _log.info("%s serves at %s after %s", self._replica_id, served.address, served.phases)
         return served
@@ -153,11 +180,53 @@ class ReplicaActors:
     def close(self) -> None:
         """Ends all actors and gives their resources back."""
         self._closed.set()
-        for member in [*self._shards, *self._workers.values()]:
-            ray.kill(member.actor)
+        actors = [member.actor for member in [*self._shards, *self._workers.values()]]
+        for actor in {*actors, *self._made.values()}:
+            ray.kill(actor)
         if self._group is not None:
             # Ends processes that are stopped, too.
             remove_placement_group(self._group)
+
+    def _wait_for_group(self, group: PlacementGroup) -> None:
+        try:
+            ray.get(group.ready(), timeout=_PLACEMENT_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            bundles = self._shape.bundles
+            wanted = f"{self._replica_id}: no room for {len(bundles)} actors of {bundles[0]}"
+            waited = f"came free in the cluster within {_PLACEMENT_TIMEOUT_S:.0f} s"
+            raise LostError(f"{wanted} {waited}; log: {own_place().log}") from None
+
+    def _note_made(self, actors: Mapping[str, Any]) -> None:
+        self._made |= actors
+        self._places |= {name: actor.place.remote() for name, actor in actors.items()}
+
+    def _results(self, calls: Mapping[str, Any]) -> list[Any]:
+        """What these actors answer, each to one call.
+
+        Raises:
+            StartError: the first that failed; rather one that says why than one that is gone, perhaps because of it.
+        """
+        names = {answer: name for name, answer in calls.items()}
+        waiting, failures = list(names), list[StartError]()
+        deadline = math.inf
+        while waiting and time.monotonic() < deadline:
+            ended, waiting = ray.wait(waiting, timeout=None if deadline == math.inf else _CAUSE_S)
+            for answer in ended:
+                try:
+                    ray.get(answer)
+                except ray.exceptions.RayError as error:
+                    failures.append(failed_start(names[answer], self._place_of(names[answer]), error))
+                    deadline = min(deadline, time.monotonic() + _CAUSE_S)
+        if failures:
+            raise next((each for each in failures if not isinstance(each, LostError)), failures[0])
+        return ray.get(list(names))
+
+    def _place_of(self, name: str) -> Place | None:
+        try:
+            found: Place = ray.get(self._places[name], timeout=_JOIN_TIMEOUT_S)
+        except ray.exceptions.RayError:
+            return None
+        return found
 
     def _make(self, kind: type, bundle: int, resources: Resources, *args: Any) -> Any:
         actor = ray.remote(kind).options(
