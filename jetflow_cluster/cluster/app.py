@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve import Application
@@ -20,15 +20,17 @@ from jetflow_cluster.cluster.autoscaling import LoadPolicy, Targets
 from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.directory import REPORT_S, Directory, Members
 from jetflow_cluster.cluster.failures import starting
+from jetflow_cluster.cluster.handshake import die
 from jetflow_cluster.cluster.observability import observe_process
 from jetflow_cluster.cluster.ray_metrics import RayMetrics
 from jetflow_cluster.cluster.replica_actors import ReplicaActors
-from jetflow_cluster.cluster.shard import die
 from jetflow_cluster.models.hub import checkpoints
 from jetflow_cluster.router.config import RouterConfig
 from jetflow_cluster.router.ports import why_not_free
 from jetflow_cluster.router.safety import is_loopback
-from jetflow_cluster.router.server import RouterServer
+
+if TYPE_CHECKING:
+    from jetflow_cluster.router.server import RouterServer
 
 _log = logging.getLogger(__name__)
 #: Seconds for a port to become free, or to be known as another router's of this cluster.
@@ -50,18 +52,19 @@ class EngineReplica:
             observe_process(config, {"replica_id": self._id, "process": "engine replica"})
             actors = ReplicaActors(config, self._id, on_lost=self._end)
             try:
-                self._served = actors.start()
+                self._served = actors.start(self._note_phase)
             except BaseException:
                 actors.close()
                 raise
             self._actors = actors
+        # Serve calls constructors on its event loop; to wait for its first look at the replica would cost a second.
+        self._task = asyncio.get_running_loop().create_task(
+            _report(self._directory, "replica", self._id, self._served.address, self._about)
+        )
 
-    async def check_health(self) -> None:
-        """Begins to report at the first call, on Serve's event loop."""
-        if self._task is None:
-            self._task = asyncio.create_task(
-                _report(self._directory, "replica", self._id, self._served.address, self._about)
-            )
+    def _note_phase(self, phase: str) -> None:
+        """Nobody waits for the answer: a directory that is lost holds no start up."""
+        self._directory.note_start.remote(self._id, phase)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve's autoscaling policy is given; see `cluster.autoscaling`."""
@@ -119,6 +122,8 @@ class Router:
                     await self._start()
 
     async def _start(self) -> None:
+        from jetflow_cluster.router.server import RouterServer
+
         config = self._config
         ports = {"grpc_port": config.port, "http_port": config.http_port, "gateway_port": config.gateway_port}
         for name, port in ports.items():

@@ -12,11 +12,12 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 from ray.util import get_node_ip_address
+
+from jetflow_cluster.cluster.handshake import Place
 
 _log = logging.getLogger(__name__)
 #: Kinds of error whose text is made for the user; others are shown with their name.
@@ -29,16 +30,6 @@ class StartError(RuntimeError):
 
 class LostError(StartError):
     """A process was lost while it started, or did not answer; another time it may not be."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where an actor runs."""
-
-    node: str
-    pid: int
-    #: The file that its standard error goes to.
-    log: str
 
 
 def own_place() -> Place:
@@ -67,7 +58,7 @@ def failed_start(name: str, place: Place | None, error: BaseException) -> StartE
 
 @contextmanager
 def starting(name: str) -> Iterator[None]:
-    """Around the start of a deployment's replica: what fails is logged in full, and raised as a `StartError`.
+    """Around the start of an actor or a replica of Serve: what fails is logged in full and raised as a `StartError`.
 
     Raises:
         StartError: the only thing that is raised.
@@ -76,7 +67,7 @@ def starting(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         _log.error("%s could not start", name, exc_info=True)
-        # Serve formats the traceback into the status message, and ends this process.
+        # Serve formats the traceback into its status message. This process is of no more use.
         sys.tracebacklimit = 0
         raise failed_start(name, own_place(), error) from None
 
@@ -98,5 +89,5 @@ def _why_lost(error: ray.exceptions.RayError, place: Place | None) -> str:
         return "has not answered in time"
     if isinstance(error, ray.exceptions.RayActorError):
         process = f"its process {place.pid}" if place is not None else "its process"
-        return f"{process} ended while it started; was it killed, or was memory short?"
+        return f"{process} ended while it started (killed, out of memory, or crashed)"
     return _sentence(error)

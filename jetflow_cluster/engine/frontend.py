@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,10 @@ class EngineFrontend:
         tp: TpGroup | None = None,
         channel: LeaderChannel | None = None,
         is_drafter_ready: bool = True,
+        on_phase: Callable[[str], None] | None = None,
     ):
+        self._on_phase = on_phase or (lambda name: None)
+        self._on_phase("weights")
         compilations.watch()
         compilations.mark_loading()
         loaded = load_engine(
