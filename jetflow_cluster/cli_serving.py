@@ -35,22 +35,21 @@ def serve(
 ) -> None:
     """Serve a model over gRPC until Ctrl-C."""
     from jetflow_cluster.cluster.config import ClusterConfig
+    from jetflow_cluster.cluster.preflight import check_before_start
     from jetflow_cluster.cluster.progress import StartProgress
 
     wanted = ClusterConfig.from_mapping((_read_file(config) if config is not None else {}) | _pairs(settings or []))
+    has_served = False
     with StartProgress(stderr) as progress:
-        progress.begin("loading")
+        progress.begin("looking at the configuration")
+        check_before_start(wanted, is_here=address is None)
+        progress.begin("Ray")
         from jetflow_cluster.cluster import launch
 
-        progress.begin("Ray")
         launch.connect(address, wanted, metrics_port=METRICS_PORT)
-        try:
-            with progress.following_replicas("replicas and router"):
-                served = launch.deploy(wanted)
-        except BaseException:
-            launch.shut_down()
-            raise
     try:
+        with progress.following_replicas("replicas and router"):
+            served = launch.deploy(wanted)
         replicas = launch.overview()["replicas"]
         for name, replica in replicas.items():
             pids = ", ".join(f"{process} {pid}" for process, pid in replica["pids"].items())
@@ -63,11 +62,13 @@ def serve(
         stopped = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())
+        has_served = True
         stdout.print(f"serving at {served}", highlight=False)
         stopped.wait()
     finally:
-        stderr.print("draining")
-        launch.shut_down()
+        if has_served:
+            stderr.print("draining")
+        launch.shut_down(has_served=has_served)
 
 
 def timeline(

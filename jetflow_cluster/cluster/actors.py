@@ -8,7 +8,8 @@ from typing import Any
 from ray.util import get_node_ip_address
 
 from jetflow_cluster.cluster.config import ClusterConfig
-from jetflow_cluster.cluster.handshake import Doors, Loaded, Served
+from jetflow_cluster.cluster.failures import own_place, starting
+from jetflow_cluster.cluster.handshake import Doors, Loaded, Place, Served
 from jetflow_cluster.cluster.observability import observe_process
 from jetflow_cluster.cluster.ray_metrics import RayMetrics
 
@@ -18,6 +19,7 @@ class ShardActor:
 
     def __init__(self, config: ClusterConfig, rank: int, replica_id: str):
         observe_process(config, {"replica_id": replica_id, "process": f"shard {rank}"})
+        self._name = f"shard {rank} of replica {replica_id}"
         from jetflow_cluster.cluster.shard import TargetShard
 
         metrics = RayMetrics({"replica_id": replica_id}) if rank == 0 else None
@@ -25,15 +27,22 @@ class ShardActor:
 
     def open(self, secret: bytes) -> Doors:
         """See `TargetShard.open`."""
-        return self._shard.open(secret)
+        with starting(self._name):
+            return self._shard.open(secret)
 
     def start(self, doors: Doors) -> Loaded | None:
         """See `TargetShard.start`."""
-        return self._shard.start(doors)
+        with starting(self._name):
+            return self._shard.start(doors)
 
     def serve(self) -> Served:
         """See `TargetShard.serve`."""
-        return self._shard.serve()
+        with starting(self._name):
+            return self._shard.serve()
+
+    def place(self) -> Place:
+        """See `own_place`."""
+        return own_place()
 
     def phase(self) -> str:
         """See `TargetShard.phase`."""
@@ -65,13 +74,19 @@ class DraftActor:
 
     def __init__(self, config: ClusterConfig, name: str):
         observe_process(config, {"replica_id": name.partition("/")[0], "process": f"draft worker {name[-1]}"})
+        self._name = f"draft worker {name[-1]} of replica {name.partition('/')[0]}"
         from jetflow_cluster.cluster.shard import DraftWorkerProcess
 
         self._worker = DraftWorkerProcess(config, name)
 
     def start(self, links: tuple[str, int], secret: bytes, num_pages: int) -> None:
         """See `DraftWorkerProcess.start`."""
-        self._worker.start(links, secret, num_pages)
+        with starting(self._name):
+            self._worker.start(links, secret, num_pages)
+
+    def place(self) -> Place:
+        """See `own_place`."""
+        return own_place()
 
     def process_id(self) -> int:
         """See `DraftWorkerProcess.process_id`."""

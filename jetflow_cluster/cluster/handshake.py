@@ -39,6 +39,16 @@ class Served:
     phases: dict[str, float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where an actor runs."""
+
+    node: str
+    pid: int
+    #: The file that its standard error goes to.
+    log: str
+
+
 def die(why: str) -> NoReturn:
     """Ends the process at once, whatever its threads are in."""
     _log.critical(why)

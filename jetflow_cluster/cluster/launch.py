@@ -15,11 +15,13 @@ from ray import serve
 
 from jetflow_cluster.cluster.app import build_app
 from jetflow_cluster.cluster.config import ClusterConfig
+from jetflow_cluster.cluster.failures import LostError, read_failure
 from jetflow_cluster.cluster.placement import replica_shape
 from jetflow_cluster.env import read_environment
 from jetflow_cluster.router.ports import is_free
 from jetflow_cluster.rpc import GRPC_ENVIRONMENT
 
+_log = logging.getLogger(__name__)
 APP_NAME = "jetflow"
 #: What Ray's processes must find in their environment, so that stopped ones are replaced like dead ones, and routers
 #: spend little on a delta. A replica that fails its health checks gets no time to drain, and a process that does not
@@ -85,12 +87,15 @@ def deploy(config: ClusterConfig) -> str:
     """Deploys and waits until a router is serving; returns its address ``host:port``.
 
     Raises:
-        RuntimeError: the deployment failed; with Serve's reason.
+        StartError: a part of it could not start; one sentence with actor, node, cause and log.
+        RuntimeError: the deployment failed otherwise; with Serve's reason.
         TimeoutError: it did not become healthy.
     """
     # Routers have a port of their own, so Serve's HTTP proxy has nothing to do.
     serve.start(proxy_location="Disabled")
-    handle = serve.run(build_app(config), name=APP_NAME, route_prefix=None)
+    target = serve.RunTarget(build_app(config), name=APP_NAME, route_prefix=None)
+    (handle,) = serve.run_many([target], wait_for_applications_running=False)
+    _wait_until_running()
     address = str(handle.address.remote().result())
     deadline = time.monotonic() + _READY_TIMEOUT_S
     # Asked within Ray: a client would need a certificate and a token where those are wanted.
@@ -106,6 +111,27 @@ def starting() -> dict[str, str]:
     handle = serve.get_deployment_handle("Directory", APP_NAME)
     found: dict[str, str] = handle.starting.remote().result(timeout_s=_ANSWER_S)
     return found
+
+
+def _wait_until_running() -> None:
+    """Serve starts what failed again, which helps only where a process was lost: that may happen once."""
+    lost: set[str] = set()
+    while True:
+        app = serve.status().applications[APP_NAME]
+        for deployment in app.deployments.values():
+            failure = read_failure(deployment.message)
+            if failure is None or str(failure) in lost:
+                continue
+            if lost or not isinstance(failure, LostError):
+                raise failure
+            _log.warning("%s; it is started again", failure)
+            lost.add(str(failure))
+        if app.status == "RUNNING":
+            return
+        if app.status == "DEPLOY_FAILED":
+            reasons = [d.message for d in app.deployments.values() if d.status == "DEPLOY_FAILED"]
+            raise RuntimeError(f"the deployment failed: {' '.join((reasons or [app.message])[0].split())}")
+        time.sleep(_LOOK_S)
 
 
 def overview() -> dict[str, Any]:
@@ -146,7 +172,7 @@ def trace(seconds: float) -> dict[str, Any]:
     raise RuntimeError(f"no answer came from {', '.join(sorted(wanted - set(found)))}")
 
 
-def shut_down() -> None:
-    """Takes the application down, running requests first finished, and leaves Ray."""
-    serve.delete(APP_NAME)
+def shut_down(*, has_served: bool = True) -> None:
+    """Takes the application down and leaves Ray; running requests are finished first where it has served."""
+    serve.delete(APP_NAME, _blocking=has_served)
     ray.shutdown()

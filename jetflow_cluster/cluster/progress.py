@@ -18,7 +18,8 @@ _LOOK_S = 0.5
 
 
 class StartProgress:
-    """A line that follows a start, on a terminal; elsewhere a line for each change. A context manager.
+    """A line that follows a start, on a terminal; elsewhere a line for each change. A context manager, within which the
+    line is there.
 
     Args:
         console: where it is shown.
@@ -32,7 +33,6 @@ class StartProgress:
         self._status: Status | None = console.status("") if console.is_terminal else None
         self._shown = ""
         self._lock = threading.Lock()
-        self._ended = threading.Event()
 
     def __enter__(self) -> StartProgress:
         if self._status is not None:
@@ -40,7 +40,6 @@ class StartProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
         if self._status is not None:
             self._status.stop()
 
@@ -57,7 +56,8 @@ class StartProgress:
         thread = threading.Thread(target=self._follow, args=(phase, ended), name="start-progress", daemon=True)
         thread.start()
         try:
-            yield
+            with self:
+                yield
         finally:
             ended.set()
             thread.join()
@@ -89,7 +89,7 @@ class StartProgress:
     def _show(self, text: str) -> None:
         text = f"{text}{self._note}"
         with self._lock:
-            if text == self._shown or self._ended.is_set():
+            if text == self._shown:
                 return
             self._shown = text
             if self._status is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from jetflow_cluster.cluster.actors import DraftActor, ShardActor
 from jetflow_cluster.cluster.config import ClusterConfig
-from jetflow_cluster.cluster.handshake import Loaded, Served
+from jetflow_cluster.cluster.failures import LostError, StartError, failed_start, own_place
+from jetflow_cluster.cluster.handshake import Loaded, Place, Served
 from jetflow_cluster.cluster.placement import Resources, check_fits, replica_shape
 from jetflow_cluster.engine.phases import Phases
 
@@ -32,6 +34,8 @@ _JOIN_TIMEOUT_S = 5.0
 _PHASE_S = 0.25
 #: Seconds for rank 0 to tell its load.
 _SIGNALS_TIMEOUT_S = 5.0
+#: Seconds in which other actors may fail too, and say more than that one is gone.
+_CAUSE_S = 1.0
 #: Pause before a lost draft worker is made anew, in seconds; doubled with each start that fails.
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.1, 30.0
 
@@ -77,6 +81,9 @@ class ReplicaActors:
         self._num_failures = 0
         self._loaded: Loaded | None = None
         self._closed = threading.Event()
+        #: Of each actor of the first start by its name, and where it runs.
+        self._made: dict[str, Any] = {}
+        self._places: dict[str, Any] = {}
 
     @property
     def process_ids(self) -> dict[str, int]:
@@ -88,6 +95,9 @@ class ReplicaActors:
 
         Args:
             on_phase: called with each phase as it begins.
+
+        Raises:
+            StartError: an actor could not start; names it with its node, the cause and its log.
         """
         phases = Phases()
 
@@ -97,25 +107,29 @@ class ReplicaActors:
 
         begin("placing")
         self._group = placement_group(self._shape.bundles, strategy=self._config.placement_strategy)
-        ray.get(self._group.ready(), timeout=_PLACEMENT_TIMEOUT_S)
+        self._wait_for_group(self._group)
         begin("processes")
-        shards = [
-            self._make(ShardActor, rank, self._shape.shards[rank], self._config, rank, self._replica_id)
-            for rank in range(self._config.tensor_parallel_size)
-        ]
+        shards = {
+            f"shard {rank}": self._make(ShardActor, rank, resources, self._config, rank, self._replica_id)
+            for rank, resources in enumerate(self._shape.shards)
+        }
         # Their processes start meanwhile.
-        workers = [self._make_worker(index) for index in range(self._config.num_draft_workers)]
-        doors = ray.get(shards[0].open.remote(self._secret))
+        workers = {f"draft worker {index}": self._make_worker(index) for index in range(self._config.num_draft_workers)}
+        self._made = shards | workers
+        self._places = {name: actor.place.remote() for name, actor in self._made.items()}
+        first = shards["shard 0"]
+        (doors,) = self._results({"shard 0": first.open.remote(self._secret)}, on_phase)
         phases.end()
-        self._loaded = _results([shard.start.remote(doors) for shard in shards], shards[0], on_phase)[0]
-        self._shards = [_join(f"shard {rank}", shard) for rank, shard in enumerate(shards)]
-        for index, worker in enumerate(workers):
+        self._loaded = self._results({name: shard.start.remote(doors) for name, shard in shards.items()}, on_phase)[0]
+        self._shards = [_join(name, shard) for name, shard in shards.items()]
+        for index, worker in enumerate(workers.values()):
             self._load_worker(index, worker)
-        for index, (worker, begun) in list(self._loading.items()):
-            ray.get(begun)
+        self._results({f"draft worker {index}": begun for index, (_, begun) in self._loading.items()}, on_phase)
+        for index, (worker, _) in list(self._loading.items()):
             self._take_in(index, worker)
-        served: Served = _results([shards[0].serve.remote()], shards[0], on_phase)[0]
+        served: Served = self._results({"shard 0": first.serve.remote()}, on_phase)[0]
         served.phases.update({**phases.seconds, **served.phases})
+        self._made, self._places = {}, {}
         threading.Thread(target=self._watch, name="replica-watch", daemon=True).start()
         _log.info("%s serves at %s after %s", self._replica_id, served.address, served.phases)
         return served
@@ -142,11 +156,55 @@ class ReplicaActors:
     def close(self) -> None:
         """Ends all actors and gives their resources back."""
         self._closed.set()
-        for member in [*self._shards, *self._workers.values()]:
-            ray.kill(member.actor)
+        actors = [member.actor for member in [*self._shards, *self._workers.values()]]
+        for actor in {*actors, *self._made.values()}:
+            ray.kill(actor)
         if self._group is not None:
             # Ends processes that are stopped, too.
             remove_placement_group(self._group)
+
+    def _wait_for_group(self, group: PlacementGroup) -> None:
+        try:
+            ray.get(group.ready(), timeout=_PLACEMENT_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            bundles = self._shape.bundles
+            wanted = f"{self._replica_id}: no room for {len(bundles)} actors of {bundles[0]}"
+            waited = f"came free in the cluster within {_PLACEMENT_TIMEOUT_S:.0f} s"
+            raise LostError(f"{wanted} {waited}; log: {own_place().log}") from None
+
+    def _results(self, calls: Mapping[str, Any], on_phase: Callable[[str], None]) -> list[Any]:
+        """What these actors answer, each to one call; meanwhile the phases of shard 0 are told.
+
+        Raises:
+            StartError: the first that failed; rather one that says why than one that is gone, perhaps because of it.
+        """
+        names = {answer: name for name, answer in calls.items()}
+        waiting, failures = list(names), list[StartError]()
+        deadline, told, asked = math.inf, "", self._made["shard 0"].phase.remote()
+        while waiting and time.monotonic() < deadline:
+            ended, waiting = ray.wait(waiting, timeout=_PHASE_S)
+            for answer in ended:
+                try:
+                    ray.get(answer)
+                except ray.exceptions.RayError as error:
+                    name = f"{names[answer]} of replica {self._replica_id}"
+                    failures.append(failed_start(name, self._place_of(names[answer]), error))
+                    deadline = min(deadline, time.monotonic() + _CAUSE_S)
+            if not failures and ray.wait([asked], timeout=0)[0]:
+                phase, asked = _phase(asked), self._made["shard 0"].phase.remote()
+                if phase and phase != told:
+                    told = phase
+                    on_phase(phase)
+        if failures:
+            raise next((each for each in failures if not isinstance(each, LostError)), failures[0])
+        return list(ray.get(list(names)))
+
+    def _place_of(self, name: str) -> Place | None:
+        try:
+            found: Place = ray.get(self._places[name], timeout=_JOIN_TIMEOUT_S)
+        except ray.exceptions.RayError:
+            return None
+        return found
 
     def _make(self, kind: type, bundle: int, resources: Resources, *args: Any) -> Any:
         actor = ray.remote(kind).options(
@@ -222,7 +280,7 @@ class ReplicaActors:
             self._num_failures += 1
             pause_s = min(_MIN_PAUSE_S * 2.0**self._num_failures, _MAX_PAUSE_S)
             what = f"{self._replica_id}: draft worker {index} could not start; again in {pause_s:.1f} s"
-            _log.warning("%s: %s", what, str(error).splitlines()[-1])
+            _log.warning("%s: %s", what, failed_start(f"draft worker {index}", None, error))
         self._loading.pop(index, None)
         self._retry_at[index] = time.monotonic() + pause_s
         ray.kill(worker)
@@ -233,16 +291,9 @@ def _join(name: str, actor: Any) -> _Member:
     return _Member(name=name, actor=actor, life=actor.live.remote(), pid=pid)
 
 
-def _results(calls: list[Any], shard: Any, on_phase: Callable[[str], None]) -> list[Any]:
-    """What the calls return, as soon as one of them fails its error; meanwhile the phases of `shard` are told."""
-    asked, told = shard.phase.remote(), ""
-    while True:
-        ended, running = ray.wait(calls, num_returns=len(calls), timeout=_PHASE_S)
-        ray.get(ended)
-        if not running:
-            return list(ray.get(calls))
-        if ray.wait([asked], timeout=0)[0]:
-            phase, asked = ray.get(asked), shard.phase.remote()
-            if phase and phase != told:
-                told = phase
-                on_phase(phase)
+def _phase(asked: Any) -> str:
+    """The answer to a question for the phase; empty where the shard is gone."""
+    try:
+        return str(ray.get(asked))
+    except ray.exceptions.RayError:
+        return ""

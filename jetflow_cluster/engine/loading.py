@@ -43,6 +43,7 @@ from jetflow_cluster.models.loader import (
 )
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.models.sidecar import SideCar
+from jetflow_cluster.models.tokenizer import read_tokenizer
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
 
@@ -119,7 +120,7 @@ def load_engine(
     _replay(engine, parts.max_model_len, reason, tp, channel)
     return LoadedEngine(
         engine=engine,
-        tokenizer=_tokenizer_of(parts.target_dir),
+        tokenizer=read_tokenizer(parts.target_dir),
         target_dir=parts.target_dir,
         max_model_len=parts.max_model_len,
         eos_token_ids=frozenset(target.config.eos_token_ids),
@@ -134,11 +135,6 @@ def _replay(engine: Engine, max_len: int, reason: str | None, tp: TpGroup, chann
         announce = announcing(channel) if channel is not None else nobody_else
         recorder = CudaGraphs(engine.target.device)
         serve_from_graphs(engine, max_len=max_len, recorder=recorder, tp=tp, announce=announce)
-
-
-def _tokenizer_of(target_dir: Path) -> Tokenizer | None:
-    path = target_dir / "tokenizer.json"
-    return Tokenizer.from_file(str(path)) if path.exists() else None
 
 
 def load_follower(config: EngineConfig, *, tp: TpGroup, channel: FollowerChannel, with_head: bool = True) -> Follower:

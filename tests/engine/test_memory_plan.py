@@ -197,5 +197,5 @@ def test_an_engine_that_does_not_fit_loads_nothing(
 ) -> None:
     monkeypatch.setattr(planned_memory, "available_memory_bytes", lambda device: 200_000)
     monkeypatch.setattr(loading, "load_target", lambda *args, **options: pytest.fail("the target is loaded"))
-    with pytest.raises(ValueError, match="num_pages = None"):
+    with pytest.raises(ValueError, match="num_pages = 11: "):
         LLM(tree_nodes={1: 1}, **options(tiny_target_dir, tiny_head_dir))
