@@ -69,7 +69,8 @@ class StartProgress:
         Args:
             replicas: of `launch.overview`; of the one whose start took longest, its phases are named.
         """
-        phases = max((r["phases"] for r in replicas.values()), key=lambda p: sum(p.values()), default={})
+        started: list[dict[str, float]] = [replica["phases"] for replica in replicas.values()]
+        phases = max(started, key=lambda each: sum(each.values()), default={})
         parts = [f"{name} {seconds:.1f} s" for name, seconds in self._phases.seconds.items()]
         longest = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if seconds >= 0.05)
         of_replica = f"; of these a replica {sum(phases.values()):.1f} s ({longest})" if longest else ""

@@ -38,6 +38,9 @@ SUSPICIOUS_ACCEPTANCE = 1.1
 _BELIEVED = 1.5
 #: Steps of each size, and of those up to so many rows: the choice at small loads is among these, and they take little.
 _NUM_TIMES, _NUM_TIMES_FEW, _FEW_ROWS = 3, 6, 32
+#: Seconds of one size's steps after which the next is taken up: on a slow or busy machine one long step tells as much,
+#: and all sizes would take minutes.
+_CELL_S = 0.5
 
 #: Makes a request of the given id, prompt and parameters.
 RequestFactory = Callable[[str, Sequence[int], SamplingParams], Request]
@@ -147,11 +150,14 @@ def measure_steps(
             for cell in (cell for cell in cells if cell.num_requests == running):
                 engine.scheduler.budget = _MeasuredBudget(cell)
                 engine.step()
+                began = time.perf_counter()
                 for _ in range(_NUM_TIMES if cell.num_requests * cell.num_nodes > _FEW_ROWS else _NUM_TIMES_FEW):
                     took_s = _timed(engine)
                     if len(engine.requests) < running:
                         break
                     samples.append((_shape(engine, cell, num_slots), took_s))
+                    if time.perf_counter() - began > _CELL_S:
+                        break
                 if len(engine.requests) < running:
                     break
             for request_id in list(engine.requests):
