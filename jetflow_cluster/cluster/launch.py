@@ -172,7 +172,17 @@ def trace(seconds: float) -> dict[str, Any]:
     raise RuntimeError(f"no answer came from {', '.join(sorted(wanted - set(found)))}")
 
 
-def shut_down(*, has_served: bool = True) -> None:
-    """Takes the application down and leaves Ray; running requests are finished first where it has served."""
+def take_down(*, has_served: bool = True) -> None:
+    """Takes the application down; running requests are finished first where it has served."""
     serve.delete(APP_NAME, _blocking=has_served)
+
+
+def shut_down(*, has_served: bool = True) -> None:
+    """Takes the application down and leaves Ray."""
+    take_down(has_served=has_served)
+    leave()
+
+
+def leave() -> None:
+    """Leaves Ray, and ends what `connect` started."""
     ray.shutdown()
