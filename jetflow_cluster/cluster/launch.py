@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import subprocess
 import sys
 import time
@@ -17,25 +16,12 @@ from jetflow_cluster.cluster.app import build_app
 from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.failures import LostError, read_failure
 from jetflow_cluster.cluster.placement import replica_shape
+from jetflow_cluster.cluster.ray_options import start_ray
 from jetflow_cluster.env import read_environment
 from jetflow_cluster.router.ports import is_free
-from jetflow_cluster.rpc import GRPC_ENVIRONMENT
 
 _log = logging.getLogger(__name__)
 APP_NAME = "jetflow"
-#: What Ray's processes must find in their environment, so that stopped ones are replaced like dead ones, and routers
-#: spend little on a delta. A replica that fails its health checks gets no time to drain, and a process that does not
-#: end is killed behind half a second.
-RAY_ENVIRONMENT = {
-    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-    "RAY_kill_worker_timeout_milliseconds": "500",
-    "RAY_worker_niceness": "0",
-    # Serve's controller looks at everything this often; its own choice of 0.1 takes 3 % of a core.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
-    **GRPC_ENVIRONMENT,
-    # Load is told to the autoscaling policy this often, in seconds.
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-}
 _READY_TIMEOUT_S = 1800.0
 _LOOK_S = 0.1
 _MAX_TRACE_CALLS = 50
@@ -62,15 +48,12 @@ def connect(
         ray.init(address=address, configure_logging=False, log_to_driver=log_to_driver)
         return
     bundles = replica_shape(config, cluster_has_gpus=False).bundles
-    os.environ.update(RAY_ENVIRONMENT)
     _compile_meanwhile()
     wanted = (config.max_replicas or config.num_replicas) * sum(bundle["CPU"] for bundle in bundles)
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, math.ceil(wanted)),
-        include_dashboard=False,
-        configure_logging=False,
+    start_ray(
+        math.ceil(wanted),
         log_to_driver=log_to_driver,
-        _metrics_export_port=metrics_port if metrics_port is not None and is_free("0.0.0.0", metrics_port) else None,
+        metrics_port=metrics_port if metrics_port is not None and is_free("0.0.0.0", metrics_port) else None,
     )
 
 

@@ -17,7 +17,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
-from jetflow_cluster.cluster.launch import RAY_ENVIRONMENT
+from jetflow_cluster.cluster.ray_options import RAY_ENVIRONMENT
 from jetflow_cluster.rpc.client import JetFlowClient
 
 APP = "test"
