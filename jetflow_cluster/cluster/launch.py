@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -15,6 +17,7 @@ from jetflow_cluster.cluster.app import build_app
 from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.failures import LostError, read_failure
 from jetflow_cluster.cluster.placement import replica_shape
+from jetflow_cluster.env import read_environment
 from jetflow_cluster.router.ports import is_free
 from jetflow_cluster.rpc import GRPC_ENVIRONMENT
 
@@ -36,6 +39,8 @@ RAY_ENVIRONMENT = {
 _READY_TIMEOUT_S = 1800.0
 _LOOK_S = 0.1
 _MAX_TRACE_CALLS = 50
+#: Seconds for a process that starts to answer.
+_ANSWER_S = 2.0
 
 
 def connect(
@@ -58,6 +63,7 @@ def connect(
         return
     bundles = replica_shape(config, cluster_has_gpus=False).bundles
     os.environ.update(RAY_ENVIRONMENT)
+    _compile_meanwhile()
     wanted = (config.max_replicas or config.num_replicas) * sum(bundle["CPU"] for bundle in bundles)
     ray.init(
         num_cpus=max(os.cpu_count() or 1, math.ceil(wanted)),
@@ -66,6 +72,15 @@ def connect(
         log_to_driver=log_to_driver,
         _metrics_export_port=metrics_port if metrics_port is not None and is_free("0.0.0.0", metrics_port) else None,
     )
+
+
+def _compile_meanwhile() -> None:
+    """On a machine that has compiled no kernels yet, has them compiled while Ray starts. Shards wait for what is being
+    compiled, and compile what is missing."""
+    environment = read_environment()
+    if environment.cpu_kernels and not any((environment.cache_dir.expanduser() / "kernels").glob("*.so")):
+        command = [sys.executable, "-c", "from jetflow_kernels.cpu import cpu_kernels; cpu_kernels()"]
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def deploy(config: ClusterConfig) -> str:
@@ -89,6 +104,13 @@ def deploy(config: ClusterConfig) -> str:
             raise TimeoutError(f"the router at {address} did not become healthy in {_READY_TIMEOUT_S:.0f} s")
         time.sleep(_LOOK_S)
     return address
+
+
+def starting() -> dict[str, str]:
+    """What the start of each replica is at, by its name; raises where nobody can say yet."""
+    handle = serve.get_deployment_handle("Directory", APP_NAME)
+    found: dict[str, str] = handle.starting.remote().result(timeout_s=_ANSWER_S)
+    return found
 
 
 def _wait_until_running() -> None:

@@ -198,7 +198,8 @@ def _fill(
             dtype = getattr(torch, config_dtype) if config_dtype else stored.dtype_of(pieces[0][0])
         model.to(dtype)
         if device.type != "meta":
-            model.to_empty(device=device)
+            # As `to_empty` does, whose copies of tensors on the meta device have torch load sympy.
+            model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
             with torch.no_grad():
                 _read_pieces(list(model.pieces()), stored, folder)
             for module in model.modules():

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,12 @@ def build(compiler: Compiler, flags: tuple[str, ...], target: Path) -> None:
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         compiled, linked = [Path(folder, f"{source.stem}.o") for source in _SOURCES], Path(folder, "cpu.so")
-        for source, made in zip(_SOURCES, compiled, strict=True):
-            _run([*compiler.command, *_FLAGS, *flags, "-c", str(source), "-o", str(made)])
+        commands = [
+            [*compiler.command, *_FLAGS, *flags, "-c", str(source), "-o", str(made)]
+            for source, made in zip(_SOURCES, compiled, strict=True)
+        ]
+        with ThreadPoolExecutor(min(len(commands), os.cpu_count() or 1)) as threads:
+            list(threads.map(_run, commands))
         # Linked without -fopenmp: the library that torch has loaded is to serve, and no second one.
         _run([*compiler.command, "-shared", *map(str, compiled), "-lm", "-o", str(linked)])
         content = linked.read_bytes()
