@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
@@ -182,7 +183,23 @@ class Image:
         with log.open("wb") as output:
             call = self._call([*self.entrypoint, *self.command], {}, [], own_network=True)
             outer = subprocess.Popen(call, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-        return Container(image=self, outer=outer, log=log)
+        deadline = time.monotonic() + 30
+        # Until it has changed its root, what is called within would be called on this machine.
+        while not (pid := _first_process(outer.pid, self.root)):
+            if outer.poll() is not None or time.monotonic() > deadline:
+                outer.kill()
+                raise OSError(f"the container did not start: {log.read_text()}")
+            time.sleep(0.1)
+        return Container(image=self, outer=outer, pid=pid, log=log)
+
+
+def _first_process(outer: int, root: Path) -> int | None:
+    """Of the namespaces that `outer` made, as this machine counts; None until its root is `root`."""
+    try:
+        (pid,) = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
+        return int(pid) if Path(f"/proc/{pid}/root").readlink() == root else None
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -191,12 +208,8 @@ class Container:
 
     image: Image
     outer: subprocess.Popen[bytes]
+    pid: int
     log: Path
-
-    @property
-    def pid(self) -> int:
-        """Of its first process, as this machine counts."""
-        return int(Path(f"/proc/{self.outer.pid}/task/{self.outer.pid}/children").read_text().split()[0])
 
     def execute(self, *command: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
         """``docker exec``: as the image's user, in its folder and environment."""
