@@ -13,6 +13,8 @@ from jetflow_cluster.router.safety import SafetyConfig
 DRAFT_PLACEMENTS = ("colocated", "dedicated")
 LOG_LEVELS, LOG_FORMATS = ("debug", "info", "warning", "error"), ("json", "text")
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+#: KV slots below which hardly any request could be served.
+_LEAST_SLOTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,16 +135,11 @@ class ClusterConfig:
         for name in ("num_replicas", "num_routers", "max_replica_tokens", "max_queued_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.num_pages is not None and self.num_pages * self.page_size < _LEAST_SLOTS:
+            limit = f"must have {_LEAST_SLOTS} slots at least, {-(-_LEAST_SLOTS // self.page_size)} pages"
+            raise ValueError(f"num_pages = {self.num_pages}: {self.num_pages * self.page_size} slots; {limit}")
         self._check_scaling()
-        limit = "must be in [0, 65535]; 0 takes a free one"
-        for name, more in {
-            "grpc_port": "",
-            "http_port": ", None serves none",
-            "gateway_port": ", None serves none",
-        }.items():
-            port = getattr(self, name)
-            if not ((more and port is None) or 0 <= port < 65536):
-                raise ValueError(f"{name} = {port}: {limit}{more}")
+        self._check_ports()
         for name in (
             "silence_s",
             "health_timeout_s",
@@ -173,6 +170,22 @@ class ClusterConfig:
     def safety_config(self) -> SafetyConfig:
         """Who may call the routers, and how much."""
         return SafetyConfig(**{field.name: getattr(self, field.name) for field in fields(SafetyConfig)})
+
+    def _check_ports(self) -> None:
+        limit = "must be in [0, 65535]; 0 takes a free one"
+        for name, more in {
+            "grpc_port": "",
+            "http_port": ", None serves none",
+            "gateway_port": ", None serves none",
+        }.items():
+            port = getattr(self, name)
+            if not ((more and port is None) or 0 <= port < 65536):
+                raise ValueError(f"{name} = {port}: {limit}{more}")
+        taken: dict[int, str] = {}
+        for name in ("grpc_port", "http_port", "gateway_port"):
+            port = getattr(self, name)
+            if port and (other := taken.setdefault(port, name)) != name:
+                raise ValueError(f"{name} = {port}: is {other} too; each needs a port of its own")
 
     def _check_scaling(self) -> None:
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
