@@ -4,6 +4,7 @@ fraction of a second. The processes of the cluster look at the same things, by t
 from __future__ import annotations
 
 from jetflow_cluster.cluster.config import ClusterConfig
+from jetflow_cluster.cluster.placement import check_fits, replica_shape
 from jetflow_cluster.models.hub import checkpoints
 from jetflow_cluster.models.stored_files import read_json, read_shapes, weight_files
 from jetflow_cluster.models.tokenizer import read_tokenizer
@@ -29,19 +30,10 @@ def check_before_start(config: ClusterConfig, *, is_here: bool) -> None:
     if not is_here:
         _check_draft_placement(config)
         return
-    check_ports(config)
     check_safety_files(config)
     check_files(config)
     check_plan(config)
-
-
-def check_ports(config: ClusterConfig) -> None:
-    """Raises RuntimeError for a port of the routers that is taken on this machine."""
-    for name in ("grpc_port", "http_port", "gateway_port"):
-        port = getattr(config, name)
-        reason = why_not_free(config.host or LOOPBACK, port) if port is not None else None
-        if reason is not None:
-            raise RuntimeError(f"{name} = {port}: {reason}")
+    check_ports(config)
 
 
 def check_safety_files(config: ClusterConfig) -> None:
@@ -77,6 +69,9 @@ def check_plan(config: ClusterConfig) -> None:
     if num_gpus and num_gpus * num_actors * config.num_replicas > found:
         wanted = f"{config.num_replicas} replicas of {num_actors} actors"
         raise ValueError(f"num_gpus_per_actor = {num_gpus:g}: {wanted}; torch finds {found} CUDA devices here")
+    # A Ray that is started here counts as many CPUs as are asked for.
+    node = {"CPU": config.num_cpus_per_actor * num_actors, "GPU": float(found)}
+    check_fits(replica_shape(config, cluster_has_gpus=found > 0).bundles, config.placement_strategy, [node])
     engine = config.engine_config()
     plan = plan_memory(engine, TpGroup.imagined(config.tensor_parallel_size), with_head=config.num_draft_workers == 0)
     together = config.tensor_parallel_size * plan.fixed_bytes
@@ -88,6 +83,15 @@ def check_plan(config: ClusterConfig) -> None:
             f"num_replicas = {config.num_replicas}: {num_actors} actors of each take {together} bytes before any page; "
             f"{plan.usable_bytes} may be taken on this machine"
         )
+
+
+def check_ports(config: ClusterConfig) -> None:
+    """Raises RuntimeError for a port of the routers that is taken on this machine."""
+    for name in ("grpc_port", "http_port", "gateway_port"):
+        port = getattr(config, name)
+        reason = why_not_free(config.host or LOOPBACK, port) if port is not None else None
+        if reason is not None:
+            raise RuntimeError(f"{name} = {port}: {reason}")
 
 
 def _check_draft_placement(config: ClusterConfig) -> None:
