@@ -9,6 +9,8 @@ TORCH  ?= $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",$$/\1/p' pyproject.toml)
 ALLOW_CUDA ?=
 EXTRAS ?= test
 OUT    ?= out
+# Parts of `make demo`, all where none is named: speed, served, lost, scaled.
+PART   ?=
 # What the GPU targets run with: any interpreter with torch, triton, transformers and pytest, plugins or not. Nothing is
 # installed.
 GPU_PYTHON ?= $(firstword $(wildcard $(VENV)/bin/python) $(shell command -v python || command -v python3))
@@ -44,10 +46,8 @@ endif
 	$(RUN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	@touch $@
 
-demo: $(STAMP) ## Complete held-out code with and without speculation, then served, with a shard killed; out/demo
-	$(RUN)/jetflow demo --output $(OUT)/demo
-	$(RUN)/jetflow demo --served --output $(OUT)/demo/served
-	$(RUN)/jetflow demo --scaled --output $(OUT)/demo/scaled
+demo: $(STAMP) ## Speed, served, lost shard, scaling: minutes, live; PART=speed, served, lost or scaled is one of them
+	$(RUN)/jetflow demo $(addprefix --part ,$(PART)) --output $(OUT)/demo
 
 serve: $(STAMP) ## Serve the embedded model over gRPC on port 9000 until Ctrl-C
 	$(RUN)/jetflow serve

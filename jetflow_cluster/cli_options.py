@@ -23,6 +23,15 @@ class DType(StrEnum):
     FLOAT16 = "float16"
 
 
+class DemoPart(StrEnum):
+    """Parts of the demonstration, in their order."""
+
+    SPEED = "speed"
+    SERVED = "served"
+    LOST = "lost"
+    SCALED = "scaled"
+
+
 def _option(panel: str, text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel)
 

@@ -34,18 +34,27 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model over gRPC until Ctrl-C."""
-    from jetflow_cluster.cluster import launch
     from jetflow_cluster.cluster.config import ClusterConfig
+    from jetflow_cluster.cluster.preflight import check_before_start
+    from jetflow_cluster.cluster.progress import StartProgress
 
     wanted = ClusterConfig.from_mapping((_read_file(config) if config is not None else {}) | _pairs(settings or []))
-    launch.connect(address, wanted, metrics_port=METRICS_PORT)
+    has_served = False
+    with StartProgress(stderr) as progress:
+        progress.begin("looking at the configuration")
+        check_before_start(wanted, is_here=address is None)
+        progress.begin("Ray")
+        from jetflow_cluster.cluster import launch
+
+        launch.connect(address, wanted, metrics_port=METRICS_PORT)
     try:
-        with stderr.status("placing, loading and warming up"):
+        with progress.following_replicas("replicas and router"):
             served = launch.deploy(wanted)
-        for name, replica in launch.overview()["replicas"].items():
-            phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in replica["phases"].items())
+        replicas = launch.overview()["replicas"]
+        for name, replica in replicas.items():
             pids = ", ".join(f"{process} {pid}" for process, pid in replica["pids"].items())
-            stderr.print(f"replica {name}: {pids}\n  start: {phases}", highlight=False)
+            stderr.print(f"replica {name}: {pids}", highlight=False)
+        stderr.print(progress.summary(replicas), highlight=False)
         stderr.print(
             f"metrics: {', '.join(f'http://{node}/metrics' for node in launch.metric_addresses())}", highlight=False
         )
@@ -53,11 +62,13 @@ def serve(
         stopped = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())
+        has_served = True
         stdout.print(f"serving at {served}", highlight=False)
         stopped.wait()
     finally:
-        stderr.print("draining")
-        launch.shut_down()
+        if has_served:
+            stderr.print("draining")
+        launch.shut_down(has_served=has_served)
 
 
 def timeline(

@@ -173,7 +173,7 @@ def _head_dir(draft_head: str | None, *, has_own_target: bool) -> Path:
 
 def _checkpoint(path_or_id: str | None, embedded: str) -> Path:
     from jetflow_cluster.bench.prompts import DEFAULT_CHECKPOINT
-    from jetflow_cluster.models.loader import resolve_checkpoint
+    from jetflow_cluster.models.hub import resolve_checkpoint
 
     if path_or_id is not None:
         return resolve_checkpoint(path_or_id)

@@ -40,7 +40,7 @@ def model(tiny_target_dir: Path, tiny_head_dir: Path) -> list[str]:
         pytest.param(["bench"], ["offline"], id="bench"),
         pytest.param(["bench", "offline"], ["--batch-sizes", "1,8,32", "Examples"], id="bench-offline"),
         pytest.param(["trace"], ["--max-tree-nodes", "Example"], id="trace"),
-        pytest.param(["demo"], ["--num-prompts", "Example"], id="demo"),
+        pytest.param(["demo"], ["--num-prompts", "--part", "Example"], id="demo"),
         pytest.param(["doctor"], ["--json"], id="doctor"),
         pytest.param(["distill"], ["--sidecar", "--accept-until-fail", "Examples"], id="distill"),
         pytest.param(["evaluate-head"], ["--budgets", "8,16,32,64,128,256", "Examples"], id="evaluate-head"),
@@ -189,15 +189,17 @@ def test_demo_proves_outputs_identical(model: list[str], tmp_path: Path) -> None
     prompts.write_text("def add(a, b):\n    return\n---\nfor x in range(3):\n")
     engine = [argument for argument in model if argument not in ("--dtype", "float64")]
     result = invoke(
-        "demo", "--prompts", str(prompts), "--max-tokens", "12", "--output", str(tmp_path / "demo"), *engine
+        *("demo", "--part", "speed", "--prompts", str(prompts), "--max-tokens", "12"),
+        *("--output", str(tmp_path / "demo"), *engine),
     )
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "demo" / "results.json").read_text())
+    folder = tmp_path / "demo" / "speed"
+    found = json.loads((folder / "results.json").read_text())
     assert [row["name"] for row in found["rows"]] == ["off", "auto"]
     assert found["num_different_outputs"] == 0
     assert "outputs identical" in result.stdout
     for name in ("demo.png", "trees.html"):
-        assert (tmp_path / "demo" / name).stat().st_size > 1000
+        assert (folder / name).stat().st_size > 1000
 
 
 def test_distill_passes_on_what_was_given_and_no_more(

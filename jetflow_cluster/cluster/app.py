@@ -9,8 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve import Application
@@ -20,15 +19,18 @@ from ray.util import get_node_ip_address
 from jetflow_cluster.cluster.autoscaling import LoadPolicy, Targets
 from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.directory import REPORT_S, Directory, Members
+from jetflow_cluster.cluster.failures import starting
+from jetflow_cluster.cluster.handshake import die
 from jetflow_cluster.cluster.observability import observe_process
 from jetflow_cluster.cluster.ray_metrics import RayMetrics
 from jetflow_cluster.cluster.replica_actors import ReplicaActors
-from jetflow_cluster.cluster.shard import die
-from jetflow_cluster.engine.resolve import checkpoints
+from jetflow_cluster.models.hub import checkpoints
 from jetflow_cluster.router.config import RouterConfig
-from jetflow_cluster.router.ports import is_free
+from jetflow_cluster.router.ports import why_not_free
 from jetflow_cluster.router.safety import is_loopback
-from jetflow_cluster.router.server import RouterServer
+
+if TYPE_CHECKING:
+    from jetflow_cluster.router.server import RouterServer
 
 _log = logging.getLogger(__name__)
 #: Seconds for a port to become free, or to be known as another router's of this cluster.
@@ -44,35 +46,50 @@ class EngineReplica:
     def __init__(self, config: ClusterConfig, directory: DeploymentHandle):
         self._directory = directory
         self._id = _own_id()
-        observe_process(config, {"replica_id": self._id, "process": "engine replica"})
-        self._actors = ReplicaActors(config, self._id, on_lost=self._end)
-        self._served = self._actors.start()
         self._task: asyncio.Task[None] | None = None
+        self._actors: ReplicaActors | None = None
+        with starting(f"engine replica {self._id}"):
+            observe_process(config, {"replica_id": self._id, "process": "engine replica"})
+            actors = ReplicaActors(config, self._id, on_lost=self._end)
+            try:
+                self._served = actors.start(self._note_phase)
+            except BaseException:
+                actors.close()
+                raise
+            self._actors = actors
+        # Serve calls constructors on its event loop; to wait for its first look at the replica would cost a second.
+        self._task = asyncio.get_running_loop().create_task(
+            _report(self._directory, "replica", self._id, self._served.address, self._about)
+        )
 
-    async def check_health(self) -> None:
-        """Begins to report at the first call, on Serve's event loop."""
-        if self._task is None:
-            self._task = asyncio.create_task(
-                _report(self._directory, "replica", self._id, self._served.address, self._about)
-            )
+    def _note_phase(self, phase: str) -> None:
+        """Nobody waits for the answer: a directory that is lost holds no start up."""
+        self._directory.note_start.remote(self._id, phase)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve's autoscaling policy is given; see `cluster.autoscaling`."""
+        assert self._actors is not None
         return await asyncio.to_thread(self._actors.signals)
 
     async def trace(self, seconds: float) -> tuple[str, list[dict[str, Any]]]:
         """The replica's name, and what its actors did; see `ReplicaActors.trace`."""
+        assert self._actors is not None
         return self._id, await asyncio.to_thread(self._actors.trace, seconds)
 
     def _about(self) -> dict[str, Any]:
+        assert self._actors is not None
         pids = {"engine replica": os.getpid()} | self._actors.process_ids
         return {"pids": pids, "phases": self._served.phases}
 
     def _end(self, reason: str) -> None:
+        assert self._actors is not None
         self._actors.close()
         die(f"{self._id}: {reason}")
 
     async def __del__(self) -> None:
+        # Called after a constructor that failed, too.
+        if self._actors is None:
+            return
         if self._task is not None:
             self._task.cancel()
         await _leave(self._directory, "replica", self._id)
@@ -87,27 +104,13 @@ class Router:
         # Nothing is asked of `engine`; Serve deploys what the ingress refers to.
         self._directory = directory
         self._id = _own_id()
-        observe_process(config, {"router_id": self._id, "process": "router"})
-        target, _ = checkpoints(config.engine_config())
-        tokenizer = str(target) if (Path(target) / "tokenizer.json").exists() else None
-        self._config = RouterConfig(
-            router_id=self._id,
-            host=_public_host(config),
-            internal_host=get_node_ip_address(),
-            port=config.grpc_port,
-            safety=config.safety_config(),
-            http_port=config.http_port,
-            gateway_port=config.gateway_port,
-            share_ports=True,
-            tokenizer=tokenizer,
-            max_replica_tokens=config.max_replica_tokens,
-            max_queued_tokens=config.max_queued_tokens,
-            drain_timeout_s=config.drain_timeout_s,
-        )
         self._server: RouterServer | None = None
         self._starting = asyncio.Lock()
         self._reporter: asyncio.Task[None] | None = None
         self._follower: asyncio.Task[None] | None = None
+        with starting(f"router {self._id}"):
+            observe_process(config, {"router_id": self._id, "process": "router"})
+            self._config = _router_config(config, self._id)
 
     async def check_health(self) -> None:
         """Starts the server at the first call, on Serve's event loop."""
@@ -115,9 +118,12 @@ class Router:
             return
         async with self._starting:
             if self._server is None:
-                await self._start()
+                with starting(f"router {self._id}"):
+                    await self._start()
 
     async def _start(self) -> None:
+        from jetflow_cluster.router.server import RouterServer
+
         config = self._config
         ports = {"grpc_port": config.port, "http_port": config.http_port, "gateway_port": config.gateway_port}
         for name, port in ports.items():
@@ -163,11 +169,11 @@ class Router:
         """Returns when the port is free, or a router of this cluster has it, whose place this one takes.
 
         Raises:
-            RuntimeError: another program has it.
+            RuntimeError: another program has it, or the host is not this node's.
         """
         deadline = time.monotonic() + _PORT_TIMEOUT_S
         ours = f"{get_node_ip_address()}:"
-        while not is_free(self._config.host, port):
+        while (reason := why_not_free(self._config.host, port)) is not None:
             try:
                 members: Members = await self._directory.members.remote()
                 if any(address.rpartition("@")[2].startswith(ours) for address in members.routers.values()):
@@ -175,7 +181,7 @@ class Router:
             except Exception as error:
                 _log.warning("the directory does not answer: %s", type(error).__name__)
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{name} = {port}: another program of this node has it")
+                raise RuntimeError(f"{name} = {port}: {reason}")
             await asyncio.sleep(REPORT_S)
 
     async def _follow(self) -> None:
@@ -194,13 +200,15 @@ class Router:
                 self._server.set_peers(members.routers)
 
     async def __del__(self) -> None:
+        # Called after a start that failed, too.
+        if self._server is None:
+            return
         if self._reporter is not None:
             self._reporter.cancel()
         await _leave(self._directory, "router", self._id)
-        if self._server is not None:
-            # Its streams may have to go on elsewhere meanwhile, so it still follows who is there.
-            await self._server.hand_over()
-            await self._server.stop()
+        # Its streams may have to go on elsewhere meanwhile, so it still follows who is there.
+        await self._server.hand_over()
+        await self._server.stop()
         if self._follower is not None:
             self._follower.cancel()
 
@@ -262,6 +270,24 @@ def autoscaling_config(config: ClusterConfig) -> dict[str, Any] | None:
         "downscale_delay_s": config.downscale_delay_s,
         "policy": policy,
     }
+
+
+def _router_config(config: ClusterConfig, router_id: str) -> RouterConfig:
+    target, _ = checkpoints(config.engine_config())
+    return RouterConfig(
+        router_id=router_id,
+        host=_public_host(config),
+        internal_host=get_node_ip_address(),
+        port=config.grpc_port,
+        safety=config.safety_config(),
+        http_port=config.http_port,
+        gateway_port=config.gateway_port,
+        share_ports=True,
+        tokenizer=str(target) if (target / "tokenizer.json").exists() else None,
+        max_replica_tokens=config.max_replica_tokens,
+        max_queued_tokens=config.max_queued_tokens,
+        drain_timeout_s=config.drain_timeout_s,
+    )
 
 
 def _public_host(config: ClusterConfig) -> str:

@@ -134,15 +134,7 @@ class ClusterConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         self._check_scaling()
-        limit = "must be in [0, 65535]; 0 takes a free one"
-        for name, more in {
-            "grpc_port": "",
-            "http_port": ", None serves none",
-            "gateway_port": ", None serves none",
-        }.items():
-            port = getattr(self, name)
-            if not ((more and port is None) or 0 <= port < 65536):
-                raise ValueError(f"{name} = {port}: {limit}{more}")
+        self._check_ports()
         for name in (
             "silence_s",
             "health_timeout_s",
@@ -173,6 +165,22 @@ class ClusterConfig:
     def safety_config(self) -> SafetyConfig:
         """Who may call the routers, and how much."""
         return SafetyConfig(**{field.name: getattr(self, field.name) for field in fields(SafetyConfig)})
+
+    def _check_ports(self) -> None:
+        limit = "must be in [0, 65535]; 0 takes a free one"
+        for name, more in {
+            "grpc_port": "",
+            "http_port": ", None serves none",
+            "gateway_port": ", None serves none",
+        }.items():
+            port = getattr(self, name)
+            if not ((more and port is None) or 0 <= port < 65536):
+                raise ValueError(f"{name} = {port}: {limit}{more}")
+        taken: dict[int, str] = {}
+        for name in ("grpc_port", "http_port", "gateway_port"):
+            port = getattr(self, name)
+            if port and (other := taken.setdefault(port, name)) != name:
+                raise ValueError(f"{name} = {port}: is {other} too; each needs a port of its own")
 
     def _check_scaling(self) -> None:
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:

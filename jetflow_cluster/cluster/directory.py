@@ -37,13 +37,23 @@ class Directory:
     def __init__(self, forget_s: float = FORGET_S):
         self._forget_s = forget_s
         self._seen: dict[tuple[str, str], Entry] = {}
+        self._starting: dict[str, str] = {}
         self._members = Members(version=time.time_ns())
         self._changed = asyncio.Condition()
 
     async def report(self, kind: str, name: str, address: str, about: dict[str, Any] | None = None) -> None:
         """Notes that a ``replica`` or ``router`` is there."""
+        self._starting.pop(name, None)
         self._seen[kind, name] = Entry(address=address, about=about or {}, heard_at=time.monotonic())
         await self._refresh()
+
+    async def note_start(self, name: str, phase: str) -> None:
+        """Notes what the start of a replica is at."""
+        self._starting[name] = phase
+
+    async def starting(self) -> dict[str, str]:
+        """The phase of each replica that starts, by name."""
+        return dict(self._starting)
 
     async def leave(self, kind: str, name: str) -> None:
         """Forgets one at once."""

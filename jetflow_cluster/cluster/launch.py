@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -13,11 +15,14 @@ from ray import serve
 
 from jetflow_cluster.cluster.app import build_app
 from jetflow_cluster.cluster.config import ClusterConfig
+from jetflow_cluster.cluster.failures import LostError, read_failure
 from jetflow_cluster.cluster.placement import replica_shape
+from jetflow_cluster.env import read_environment
 from jetflow_cluster.router.ports import is_free
 from jetflow_cluster.rpc import GRPC_ENVIRONMENT
 from jetflow_kernels.machine import machine
 
+_log = logging.getLogger(__name__)
 APP_NAME = "jetflow"
 #: What Ray's processes must find in their environment, so that stopped ones are replaced like dead ones, and routers
 #: spend little on a delta. A replica that fails its health checks gets no time to drain, and a process that does not
@@ -35,6 +40,8 @@ RAY_ENVIRONMENT = {
 _READY_TIMEOUT_S = 1800.0
 _LOOK_S = 0.1
 _MAX_TRACE_CALLS = 50
+#: Seconds for a process that starts to answer.
+_ANSWER_S = 2.0
 
 
 def connect(
@@ -57,6 +64,7 @@ def connect(
         return
     bundles = replica_shape(config, cluster_has_gpus=False).bundles
     os.environ.update(RAY_ENVIRONMENT)
+    _compile_meanwhile()
     wanted = (config.max_replicas or config.num_replicas) * sum(bundle["CPU"] for bundle in bundles)
     ray.init(
         num_cpus=max(machine().num_cores, math.ceil(wanted)),
@@ -67,16 +75,28 @@ def connect(
     )
 
 
+def _compile_meanwhile() -> None:
+    """On a machine that has compiled no kernels yet, has them compiled while Ray starts. Shards wait for what is being
+    compiled, and compile what is missing."""
+    environment = read_environment()
+    if environment.cpu_kernels and not any((environment.cache_dir.expanduser() / "kernels").glob("*.so")):
+        command = [sys.executable, "-c", "from jetflow_kernels.cpu import cpu_kernels; cpu_kernels()"]
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def deploy(config: ClusterConfig) -> str:
     """Deploys and waits until a router is serving; returns its address ``host:port``.
 
     Raises:
-        RuntimeError: the deployment failed; with Serve's reason.
+        StartError: a part of it could not start; one sentence with actor, node, cause and log.
+        RuntimeError: the deployment failed otherwise; with Serve's reason.
         TimeoutError: it did not become healthy.
     """
     # Routers have a port of their own, so Serve's HTTP proxy has nothing to do.
     serve.start(proxy_location="Disabled")
-    handle = serve.run(build_app(config), name=APP_NAME, route_prefix=None)
+    target = serve.RunTarget(build_app(config), name=APP_NAME, route_prefix=None)
+    (handle,) = serve.run_many([target], wait_for_applications_running=False)
+    _wait_until_running()
     address = str(handle.address.remote().result())
     deadline = time.monotonic() + _READY_TIMEOUT_S
     # Asked within Ray: a client would need a certificate and a token where those are wanted.
@@ -85,6 +105,34 @@ def deploy(config: ClusterConfig) -> str:
             raise TimeoutError(f"the router at {address} did not become healthy in {_READY_TIMEOUT_S:.0f} s")
         time.sleep(_LOOK_S)
     return address
+
+
+def starting() -> dict[str, str]:
+    """What the start of each replica is at, by its name; raises where nobody can say yet."""
+    handle = serve.get_deployment_handle("Directory", APP_NAME)
+    found: dict[str, str] = handle.starting.remote().result(timeout_s=_ANSWER_S)
+    return found
+
+
+def _wait_until_running() -> None:
+    """Serve starts what failed again, which helps only where a process was lost: that may happen once."""
+    lost: set[str] = set()
+    while True:
+        app = serve.status().applications[APP_NAME]
+        for deployment in app.deployments.values():
+            failure = read_failure(deployment.message)
+            if failure is None or str(failure) in lost:
+                continue
+            if lost or not isinstance(failure, LostError):
+                raise failure
+            _log.warning("%s; it is started again", failure)
+            lost.add(str(failure))
+        if app.status == "RUNNING":
+            return
+        if app.status == "DEPLOY_FAILED":
+            reasons = [d.message for d in app.deployments.values() if d.status == "DEPLOY_FAILED"]
+            raise RuntimeError(f"the deployment failed: {' '.join((reasons or [app.message])[0].split())}")
+        time.sleep(_LOOK_S)
 
 
 def overview() -> dict[str, Any]:
@@ -125,7 +173,17 @@ def trace(seconds: float) -> dict[str, Any]:
     raise RuntimeError(f"no answer came from {', '.join(sorted(wanted - set(found)))}")
 
 
-def shut_down() -> None:
-    """Takes the application down, running requests first finished, and leaves Ray."""
-    serve.delete(APP_NAME)
+def take_down(*, has_served: bool = True) -> None:
+    """Takes the application down; running requests are finished first where it has served."""
+    serve.delete(APP_NAME, _blocking=has_served)
+
+
+def shut_down(*, has_served: bool = True) -> None:
+    """Takes the application down and leaves Ray."""
+    take_down(has_served=has_served)
+    leave()
+
+
+def leave() -> None:
+    """Leaves Ray, and ends what `connect` started."""
     ray.shutdown()

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util import get_node_ip_address
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from jetflow_cluster.cluster.actors import DraftActor, ShardActor
 from jetflow_cluster.cluster.config import ClusterConfig
-from jetflow_cluster.cluster.observability import observe_process
+from jetflow_cluster.cluster.failures import LostError, StartError, failed_start, own_place
+from jetflow_cluster.cluster.handshake import Loaded, Place, Served
 from jetflow_cluster.cluster.placement import Resources, check_fits, replica_shape
-from jetflow_cluster.cluster.ray_metrics import RayMetrics
-from jetflow_cluster.cluster.shard import DraftWorkerProcess, Loaded, Served, TargetShard
+from jetflow_cluster.engine.phases import Phases
 
 _log = logging.getLogger(__name__)
 
@@ -29,35 +30,14 @@ _PLACEMENT_TIMEOUT_S = 300.0
 _LOOK_S, _PULSE_S = 0.5, 0.5
 #: Seconds for an actor that has just started to answer.
 _JOIN_TIMEOUT_S = 5.0
+#: Seconds between looks at the phase of a start.
+_PHASE_S = 0.25
 #: Seconds for rank 0 to tell its load.
 _SIGNALS_TIMEOUT_S = 5.0
+#: Seconds in which other actors may fail too, and say more than that one is gone.
+_CAUSE_S = 1.0
 #: Pause before a lost draft worker is made anew, in seconds; doubled with each start that fails.
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.1, 30.0
-
-
-class ShardActor(TargetShard):
-    """`TargetShard` in a process of its own."""
-
-    def __init__(self, config: ClusterConfig, rank: int, replica_id: str):
-        observe_process(config, {"replica_id": replica_id, "process": f"shard {rank}"})
-        metrics = RayMetrics({"replica_id": replica_id}) if rank == 0 else None
-        super().__init__(config, rank, get_node_ip_address(), replica_id, metrics=metrics)
-
-    def live(self) -> None:
-        """Never returns, so that its end tells the owner of the actor's death."""
-        threading.Event().wait()
-
-
-class DraftActor(DraftWorkerProcess):
-    """`DraftWorkerProcess` in a process of its own."""
-
-    def __init__(self, config: ClusterConfig, name: str):
-        observe_process(config, {"replica_id": name.partition("/")[0], "process": f"draft worker {name[-1]}"})
-        super().__init__(config, name)
-
-    def live(self) -> None:
-        """See `ShardActor.live`."""
-        threading.Event().wait()
 
 
 @dataclass(kw_only=True)
@@ -101,32 +81,55 @@ class ReplicaActors:
         self._num_failures = 0
         self._loaded: Loaded | None = None
         self._closed = threading.Event()
+        #: Of each actor of the first start by its name, and where it runs.
+        self._made: dict[str, Any] = {}
+        self._places: dict[str, Any] = {}
 
     @property
     def process_ids(self) -> dict[str, int]:
         """Of every actor that runs, by its name."""
         return {member.name: member.pid for member in [*self._shards, *list(self._workers.values())]}
 
-    def start(self) -> Served:
-        """Places, loads and warms up; returns what rank 0 serves."""
-        started = time.monotonic()
+    def start(self, on_phase: Callable[[str], None]) -> Served:
+        """Places, loads and warms up; returns what rank 0 serves.
+
+        Args:
+            on_phase: called with each phase as it begins.
+
+        Raises:
+            StartError: an actor could not start; names it with its node, the cause and its log.
+        """
+        phases = Phases()
+
+        def begin(phase: str) -> None:
+            phases.begin(phase)
+            on_phase(phase)
+
+        begin("placing")
         self._group = placement_group(self._shape.bundles, strategy=self._config.placement_strategy)
-        ray.get(self._group.ready(), timeout=_PLACEMENT_TIMEOUT_S)
-        shards = [
-            self._make(ShardActor, rank, self._shape.shards[rank], self._config, rank, self._replica_id)
-            for rank in range(self._config.tensor_parallel_size)
-        ]
-        doors = ray.get(shards[0].open.remote(self._secret))
-        placed = time.monotonic()
-        self._loaded = ray.get([shard.start.remote(doors) for shard in shards])[0]
-        self._shards = [_join(f"shard {rank}", shard) for rank, shard in enumerate(shards)]
-        for index in range(self._config.num_draft_workers):
-            self._load_worker(index)
-        for index, (worker, begun) in list(self._loading.items()):
-            ray.get(begun)
+        self._wait_for_group(self._group)
+        begin("processes")
+        shards = {
+            f"shard {rank}": self._make(ShardActor, rank, resources, self._config, rank, self._replica_id)
+            for rank, resources in enumerate(self._shape.shards)
+        }
+        # Their processes start meanwhile.
+        workers = {f"draft worker {index}": self._make_worker(index) for index in range(self._config.num_draft_workers)}
+        self._made = shards | workers
+        self._places = {name: actor.place.remote() for name, actor in self._made.items()}
+        first = shards["shard 0"]
+        (doors,) = self._results({"shard 0": first.open.remote(self._secret)}, on_phase)
+        phases.end()
+        self._loaded = self._results({name: shard.start.remote(doors) for name, shard in shards.items()}, on_phase)[0]
+        self._shards = [_join(name, shard) for name, shard in shards.items()]
+        for index, worker in enumerate(workers.values()):
+            self._load_worker(index, worker)
+        self._results({f"draft worker {index}": begun for index, (_, begun) in self._loading.items()}, on_phase)
+        for index, (worker, _) in list(self._loading.items()):
             self._take_in(index, worker)
-        served: Served = ray.get(shards[0].serve.remote())
-        served.phases["place"] = placed - started
+        served: Served = self._results({"shard 0": first.serve.remote()}, on_phase)[0]
+        served.phases.update({**phases.seconds, **served.phases})
+        self._made, self._places = {}, {}
         threading.Thread(target=self._watch, name="replica-watch", daemon=True).start()
         _log.info("%s serves at %s after %s", self._replica_id, served.address, served.phases)
         return served
@@ -153,11 +156,55 @@ class ReplicaActors:
     def close(self) -> None:
         """Ends all actors and gives their resources back."""
         self._closed.set()
-        for member in [*self._shards, *self._workers.values()]:
-            ray.kill(member.actor)
+        actors = [member.actor for member in [*self._shards, *self._workers.values()]]
+        for actor in {*actors, *self._made.values()}:
+            ray.kill(actor)
         if self._group is not None:
             # Ends processes that are stopped, too.
             remove_placement_group(self._group)
+
+    def _wait_for_group(self, group: PlacementGroup) -> None:
+        try:
+            ray.get(group.ready(), timeout=_PLACEMENT_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            bundles = self._shape.bundles
+            wanted = f"{self._replica_id}: no room for {len(bundles)} actors of {bundles[0]}"
+            waited = f"came free in the cluster within {_PLACEMENT_TIMEOUT_S:.0f} s"
+            raise LostError(f"{wanted} {waited}; log: {own_place().log}") from None
+
+    def _results(self, calls: Mapping[str, Any], on_phase: Callable[[str], None]) -> list[Any]:
+        """What these actors answer, each to one call; meanwhile the phases of shard 0 are told.
+
+        Raises:
+            StartError: the first that failed; rather one that says why than one that is gone, perhaps because of it.
+        """
+        names = {answer: name for name, answer in calls.items()}
+        waiting, failures = list(names), list[StartError]()
+        deadline, told, asked = math.inf, "", self._made["shard 0"].phase.remote()
+        while waiting and time.monotonic() < deadline:
+            ended, waiting = ray.wait(waiting, timeout=_PHASE_S)
+            for answer in ended:
+                try:
+                    ray.get(answer)
+                except ray.exceptions.RayError as error:
+                    name = f"{names[answer]} of replica {self._replica_id}"
+                    failures.append(failed_start(name, self._place_of(names[answer]), error))
+                    deadline = min(deadline, time.monotonic() + _CAUSE_S)
+            if not failures and ray.wait([asked], timeout=0)[0]:
+                phase, asked = _phase(asked), self._made["shard 0"].phase.remote()
+                if phase and phase != told:
+                    told = phase
+                    on_phase(phase)
+        if failures:
+            raise next((each for each in failures if not isinstance(each, LostError)), failures[0])
+        return list(ray.get(list(names)))
+
+    def _place_of(self, name: str) -> Place | None:
+        try:
+            found: Place = ray.get(self._places[name], timeout=_JOIN_TIMEOUT_S)
+        except ray.exceptions.RayError:
+            return None
+        return found
 
     def _make(self, kind: type, bundle: int, resources: Resources, *args: Any) -> Any:
         actor = ray.remote(kind).options(
@@ -168,12 +215,14 @@ class ReplicaActors:
         )
         return actor.remote(*args)
 
-    def _load_worker(self, index: int) -> None:
-        assert self._loaded is not None
-        assert self._loaded.links is not None
+    def _make_worker(self, index: int) -> Any:
         bundle = len(self._shape.shards) + index
         name = f"{self._replica_id}/{index}"
-        worker = self._make(DraftActor, bundle, self._shape.draft_workers[index], self._config, name)
+        return self._make(DraftActor, bundle, self._shape.draft_workers[index], self._config, name)
+
+    def _load_worker(self, index: int, worker: Any) -> None:
+        assert self._loaded is not None
+        assert self._loaded.links is not None
         self._loading[index] = (worker, worker.start.remote(self._loaded.links, self._secret, self._loaded.num_pages))
 
     def _take_in(self, index: int, worker: Any) -> None:
@@ -198,13 +247,13 @@ class ReplicaActors:
                     _log.warning("%s: %s %s and is made anew", self._replica_id, worker.name, reason)
                     ray.kill(worker.actor)
                     del self._workers[index]
-                    self._load_worker(index)
+                    self._load_worker(index, self._make_worker(index))
             for index, (worker, begun) in list(self._loading.items()):
                 if ray.wait([begun], timeout=0)[0]:
                     self._note_begun(index, worker, begun)
             for index in [i for i, moment in self._retry_at.items() if moment <= time.monotonic()]:
                 del self._retry_at[index]
-                self._load_worker(index)
+                self._load_worker(index, self._make_worker(index))
 
     def _why_lost(self, member: _Member) -> str | None:
         """None while the member lives; a stopped process counts as dead."""
@@ -231,7 +280,7 @@ class ReplicaActors:
             self._num_failures += 1
             pause_s = min(_MIN_PAUSE_S * 2.0**self._num_failures, _MAX_PAUSE_S)
             what = f"{self._replica_id}: draft worker {index} could not start; again in {pause_s:.1f} s"
-            _log.warning("%s: %s", what, str(error).splitlines()[-1])
+            _log.warning("%s: %s", what, failed_start(f"draft worker {index}", None, error))
         self._loading.pop(index, None)
         self._retry_at[index] = time.monotonic() + pause_s
         ray.kill(worker)
@@ -240,3 +289,11 @@ class ReplicaActors:
 def _join(name: str, actor: Any) -> _Member:
     pid = ray.get(actor.process_id.remote(), timeout=_JOIN_TIMEOUT_S)
     return _Member(name=name, actor=actor, life=actor.live.remote(), pid=pid)
+
+
+def _phase(asked: Any) -> str:
+    """The answer to a question for the phase; empty where the shard is gone."""
+    try:
+        return str(ray.get(asked))
+    except ray.exceptions.RayError:
+        return ""

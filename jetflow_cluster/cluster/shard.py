@@ -13,20 +13,21 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from jetflow_cluster.cluster.config import ClusterConfig
+from jetflow_cluster.cluster.handshake import Doors, Loaded, Served, die
 from jetflow_cluster.cluster.replica.config import ReplicaServerConfig
 from jetflow_cluster.cluster.replica.server import ReplicaServer
 from jetflow_cluster.cluster.replica.stage_ring import StageRing
 from jetflow_cluster.engine.draft_link import DraftWorker, LinkListener
 from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.engine.loading import load_draft_fuser, load_draft_worker, load_follower
+from jetflow_cluster.engine.phases import Phases
 from jetflow_cluster.engine.remote_drafter import RemoteDrafter
 from jetflow_cluster.layers.compute_threads import release_compute_threads
 from jetflow_cluster.metrics import Metrics
@@ -49,35 +50,6 @@ _NUM_TRACE_SLOTS = 65_536
 _SWITCH_S = 0.001
 
 
-@dataclass(frozen=True, kw_only=True)
-class Doors:
-    """Where rank 0 is reached by the other ranks."""
-
-    #: Host and port of the rendezvous, and of the plan channel.
-    store: tuple[str, int]
-    channel: tuple[str, int]
-    secret: bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """What draft workers must know of rank 0."""
-
-    #: Where they come in; None where the head is colocated.
-    links: tuple[str, int] | None
-    num_pages: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Served:
-    """What rank 0 serves."""
-
-    #: Host and port of the data plane, with the secret that lets routers in.
-    address: str
-    #: Seconds by phase of the start.
-    phases: dict[str, float]
-
-
 class TargetShard:
     """Rank `rank` of a target. Rank 0 leads: it has the engine and serves the data plane.
 
@@ -93,7 +65,7 @@ class TargetShard:
         self._metrics = metrics
         self._config, self._rank, self._host, self._replica_id = config, rank, host, replica_id
         self._size = config.tensor_parallel_size
-        self._phases: dict[str, float] = {}
+        self._phases = Phases()
         self._store: Any = None
         self._channel: LeaderChannel | None = None
         self._frontend: EngineFrontend | None = None
@@ -121,6 +93,11 @@ class TargetShard:
         self._follow(tp, doors)
         return None
 
+    @property
+    def phase(self) -> str:
+        """What the start is at."""
+        return self._phases.current
+
     def process_id(self) -> int:
         """Of this shard."""
         return os.getpid()
@@ -145,16 +122,15 @@ class TargetShard:
             asyncio.run_coroutine_threadsafe(self._server.drain(), self._loop).result()
 
     def _join(self, doors: Doors) -> TpGroup:
-        started = time.monotonic()
         if self._size == 1:
             return TpGroup.single()
+        self._phases.begin("rendezvous")
         timeout = datetime.timedelta(seconds=_START_TIMEOUT_S)
         store = self._store or TCPStore(*doors.store, self._size, is_master=False, timeout=timeout)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         # Buffers of recorded collectives, registered with NCCL, do not go with allocations that grow in segments.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         dist.init_process_group(backend, store=store, rank=self._rank, world_size=self._size)
-        self._phases["rendezvous"] = time.monotonic() - started
         return TpGroup.from_process_group()
 
     def _follow(self, tp: TpGroup, doors: Doors) -> None:
@@ -175,7 +151,6 @@ class TargetShard:
 
     def _lead(self, tp: TpGroup, doors: Doors) -> Loaded:
         assert self._channel is not None
-        started = time.monotonic()
         if self._size > 1:
             self._channel.accept(self._size - 1)
             threading.Thread(target=self._watch_ranks, name="ranks", daemon=True).start()
@@ -187,8 +162,9 @@ class TargetShard:
             drafter_factory=(lambda *args: self._make_drafter(doors.secret, *args)) if has_workers else None,
             tree_nodes=None,
             is_drafter_ready=not has_workers,
+            on_phase=self._phases.begin,
         )
-        self._phases["load"] = time.monotonic() - started
+        self._phases.begin("draft workers" if has_workers else "data plane")
         links = self._listener.address if self._listener is not None else None
         return Loaded(links=links, num_pages=self._frontend.engine.pool.num_pages)
 
@@ -209,13 +185,12 @@ class TargetShard:
             TimeoutError: a draft worker did not come in.
         """
         assert self._frontend is not None
-        started = time.monotonic()
         if self._drafter is not None:
             self._wait_for_workers(self._drafter)
             self._drafter.pages_in_use = self._frontend.engine.pages_with_draft_context
             self._frontend.warm_up()
             self._drafter.deadline_s = self._config.draft_timeout_s
-        self._phases["warm up"] = time.monotonic() - started
+        self._phases.begin("data plane")
         server_config = ReplicaServerConfig(
             replica_id=self._replica_id,
             host=self._host,
@@ -232,7 +207,8 @@ class TargetShard:
         # What is there now stays: the collector need not look at it again and hold a step up.
         gc.collect()
         gc.freeze()
-        return Served(address=address, phases=dict(self._phases))
+        self._phases.end()
+        return Served(address=address, phases=self._phases.seconds)
 
     def _wait_for_workers(self, drafter: RemoteDrafter) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -316,13 +292,6 @@ class DraftWorkerProcess:
             die(f"draft worker {self._name}: the target let go")
 
         threading.Thread(target=run, name="draft-worker", daemon=True).start()
-
-
-def die(why: str) -> NoReturn:
-    """Ends the process at once, whatever its threads are in."""
-    _log.critical(why)
-    logging.shutdown()
-    os._exit(1)
 
 
 def _use_threads(config: ClusterConfig) -> None:

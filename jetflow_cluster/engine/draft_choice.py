@@ -11,7 +11,9 @@ draft, two cohorts are weighed too: each of two steps takes the longer of one ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +48,19 @@ class Gains:
     def most_of_head(self) -> float:
         """What the head alone reaches."""
         return float(self.accepted.max()) if self.of_head is None else self.of_head
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values; `from_dict` gives equal ones."""
+        return {"accepted": self.accepted.tolist(), "sampled_share": self.sampled_share, "of_head": self.of_head}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Gains:
+        """Raises ValueError or TypeError for what is none."""
+        fields = dict(values)
+        accepted = np.array(fields.pop("accepted", ()), np.float64)
+        if accepted.ndim != 2 or len(accepted) != len(NODES) or not np.isfinite(accepted).all():
+            raise ValueError(f"accepted: a row for each of {len(NODES)} tree sizes is needed")
+        return cls(accepted=accepted, **fields)
 
     def hoped(self) -> Gains:
         """At least what a good head reaches."""

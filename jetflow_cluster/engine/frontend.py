@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from jetflow_cluster.engine.protocols import TreeBuilder
 from jetflow_cluster.engine.request import Request
 from jetflow_cluster.engine.warmup import warm_up
 from jetflow_cluster.layers.compute_threads import release_compute_threads
+from jetflow_cluster.models.hub import checkpoints
+from jetflow_cluster.models.weights import weights_digest
 from jetflow_cluster.parallel.channel import LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
 from jetflow_cluster.types import InvalidRequestError, SamplingParams, SpeculationMode
@@ -52,7 +54,12 @@ class EngineFrontend:
         tp: TpGroup | None = None,
         channel: LeaderChannel | None = None,
         is_drafter_ready: bool = True,
+        on_phase: Callable[[str], None] | None = None,
     ):
+        self._on_phase = on_phase or (lambda name: None)
+        self._on_phase("weights")
+        #: Guesses come from the configured head, and trees are the exact ones; a head elsewhere is not ready yet.
+        self._has_own_trees = tree_builder is None and (drafter_factory is None or not is_drafter_ready)
         compilations.watch()
         compilations.mark_loading()
         loaded = load_engine(
@@ -181,6 +188,9 @@ class EngineFrontend:
     def warm_up(self) -> None:
         """Measures the tree sizes of mode ``auto``; where draft workers must come in first, once they are there."""
         config = self.config
+        self._on_phase("kernels")
+        store = self.cost_store()
+        self._on_phase("checking costs" if store.is_filled else "measuring")
         prompts = [self.encode(text) if self.tokenizer else [] for text in _WARMUP_TEXTS]
         room = max(1, min(64, self.max_model_len // 4, self.engine.pool.num_pages * config.page_size // 4))
         prompts = [(p or [(7 * i + 3) % self.vocab_size for i in range(32)])[:room] for p in prompts]
@@ -191,7 +201,7 @@ class EngineFrontend:
             max_running=config.max_num_requests,
             max_rows=config.max_num_batched_tokens,
             max_len=self.max_model_len,
-            store=self.cost_store(),
+            store=store,
         )
         release_compute_threads()
 
@@ -200,7 +210,20 @@ class EngineFrontend:
         target, drafter, config = self.engine.target, self.engine.drafter, self.config
         described = (target.model.config, str(target.model.dtype), type(drafter).__name__, config.draft_dtype)
         head = getattr(drafter, "config", None)
-        return CostStore(target.device, (*described, head), tensor_parallel_size=config.tensor_parallel_size)
+        return CostStore(
+            target.device,
+            (*described, head),
+            weights=self._yields_depend_on(),
+            tensor_parallel_size=config.tensor_parallel_size,
+        )
+
+    def _yields_depend_on(self) -> object:
+        """What decides what trees yield, beside what costs depend on; None where that is to be measured every time."""
+        # On a GPU these steps also launch kernels for the first time.
+        if self.engine.target.device.type != "cpu" or not self._has_own_trees:
+            return None
+        folders = [folder for folder in checkpoints(self.config) if folder is not None]
+        return weights_digest(*folders), self.engine.lookup is not None
 
     def make_warmup_request(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> Request:
         """A request outside the limits on `max_tokens`; it is aborted or ends by the context's limit."""

@@ -23,8 +23,11 @@ from jetflow_cluster.engine.protocols import BudgetPolicy, Drafter, TreeBuilder
 from jetflow_cluster.engine.recorded_steps import RecordedSteps
 from jetflow_cluster.engine.recording import CudaGraphs
 from jetflow_cluster.engine.resolve import (
+<<<<<<< HEAD
     HALF_DTYPES,
     checkpoints,
+=======
+>>>>>>> start
     compute_device,
     compute_draft_dtype,
     compute_dtype,
@@ -37,6 +40,7 @@ from jetflow_cluster.engine.scheduler import Scheduler
 from jetflow_cluster.engine.target_runner import TargetRunner
 from jetflow_cluster.engine.tensor_parallel import Follower, LeadingDrafter, LeadingTarget, announcing
 from jetflow_cluster.models.draft_head import DraftFuser, DraftHead
+from jetflow_cluster.models.hub import checkpoints
 from jetflow_cluster.models.loader import (
     load_draft_head,
     load_fuser,
@@ -46,6 +50,7 @@ from jetflow_cluster.models.loader import (
 )
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.models.sidecar import SideCar
+from jetflow_cluster.models.tokenizer import read_tokenizer
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
 
@@ -122,7 +127,7 @@ def load_engine(
     _replay(engine, parts.max_model_len, reason, tp, channel)
     return LoadedEngine(
         engine=engine,
-        tokenizer=_tokenizer_of(parts.target_dir),
+        tokenizer=read_tokenizer(parts.target_dir),
         target_dir=parts.target_dir,
         max_model_len=parts.max_model_len,
         eos_token_ids=frozenset(target.config.eos_token_ids),
@@ -137,11 +142,6 @@ def _replay(engine: Engine, max_len: int, reason: str | None, tp: TpGroup, chann
         announce = announcing(channel) if channel is not None else nobody_else
         recorder = CudaGraphs(engine.target.device)
         serve_from_graphs(engine, max_len=max_len, recorder=recorder, tp=tp, announce=announce)
-
-
-def _tokenizer_of(target_dir: Path) -> Tokenizer | None:
-    path = target_dir / "tokenizer.json"
-    return Tokenizer.from_file(str(path)) if path.exists() else None
 
 
 def load_follower(config: EngineConfig, *, tp: TpGroup, channel: FollowerChannel, with_head: bool = True) -> Follower:

@@ -114,24 +114,33 @@ def fit_pages(plan: MemoryPlan, *, num_pages: int | None, pages_per_request: int
         max_num_requests: most requests at once.
 
     Raises:
-        ValueError: it does not fit; with the table.
+        ValueError: it does not fit; the table is a note of the error.
     """
     if num_pages is not None:
         plan = replace(plan, num_pages=num_pages)
         if plan.total_bytes > plan.usable_bytes:
-            raise ValueError(
+            raise _refusal(
                 f"num_pages = {num_pages}: {plan.total_bytes} bytes are needed, {plan.usable_bytes} may be taken; "
-                f"with {plan.affordable_pages} pages they would do\n{plan.text()}"
+                f"with {plan.affordable_pages} pages they would do",
+                plan,
             )
         return plan
     affordable = plan.affordable_pages
     if affordable < pages_per_request:
-        raise ValueError(
+        raise _refusal(
             f"num_pages = None: one request of the longest kind needs {pages_per_request} pages of {plan.page_bytes} "
             f"bytes, the free memory allows {affordable}; lower max_model_len, max_num_batched_tokens or "
-            f"max_num_requests\n{replace(plan, num_pages=pages_per_request).text()}"
+            "max_num_requests",
+            replace(plan, num_pages=pages_per_request),
         )
     return replace(plan, num_pages=min(pages_per_request * max_num_requests, affordable))
+
+
+def _refusal(sentence: str, plan: MemoryPlan) -> ValueError:
+    """A log shows the notes of an error, a user is shown its sentence."""
+    error = ValueError(sentence)
+    error.add_note(plan.text())
+    return error
 
 
 def _mib(num_bytes: int) -> str:

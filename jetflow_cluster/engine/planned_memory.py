@@ -21,7 +21,6 @@ from jetflow_cluster.engine.memory_sizes import (
     weight_items,
 )
 from jetflow_cluster.engine.resolve import (
-    checkpoints,
     compute_device,
     compute_draft_dtype,
     compute_dtype,
@@ -29,6 +28,7 @@ from jetflow_cluster.engine.resolve import (
     why_no_graphs,
 )
 from jetflow_cluster.models.draft_head import DraftFuser, DraftHead
+from jetflow_cluster.models.hub import checkpoints
 from jetflow_cluster.models.loader import load_draft_head, load_fuser, load_target, load_target_ends, sidecar_rank
 from jetflow_cluster.models.target_ends import TargetEnds
 from jetflow_cluster.parallel.tp_group import TpGroup

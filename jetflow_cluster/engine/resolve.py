@@ -1,18 +1,16 @@
-"""What a configuration means on this machine: folders, device, dtypes, lengths."""
+"""What a configuration means on this machine: device, dtypes, lengths."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.models.config import TargetConfig
-from jetflow_cluster.models.loader import resolve_checkpoint
 from jetflow_cluster.parallel.tp_group import TpGroup
 from jetflow_kernels.cpu import cpu_kernels
 from jetflow_kernels.machine import machine
 
+<<<<<<< HEAD
 BF16 = "bfloat16"
 HALF_DTYPES = (BF16, "float16")
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default"
@@ -33,19 +31,27 @@ def checkpoints(config: EngineConfig) -> tuple[Path, Path | None]:
     head = resolve_checkpoint(config.draft_head) if config.draft_head else DEFAULT_CHECKPOINT / "draft_head"
     return target, head
 
+=======
+>>>>>>> start
 
 def compute_device(config: EngineConfig) -> torch.device:
     """``auto`` is CUDA where there is any.
 
     Raises:
-        ValueError: another GPU than the process's current one, on which kernels are launched.
+        ValueError: there is no such device, or it is another GPU than the process's current one, on which kernels are
+            launched.
     """
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(config.device)
-    if device.type == "cuda" and device.index is not None and torch.cuda.is_available():
-        current = torch.cuda.current_device()
-        if device.index != current:
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise ValueError(f"device = {config.device!r}: must be auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not 0 <= (device.index or 0) < count:
+            raise ValueError(f"device = {config.device!r}: no such device; torch finds {count} CUDA devices here")
+        if device.index is not None and device.index != (current := torch.cuda.current_device()):
             raise ValueError(
                 f"device = {config.device!r}: this process launches on cuda:{current}; choose another GPU with "
                 f"CUDA_VISIBLE_DEVICES={device.index} and device = 'cuda'"

@@ -38,6 +38,9 @@ SUSPICIOUS_ACCEPTANCE = 1.1
 _BELIEVED = 1.5
 #: Steps of each size, and of those up to so many rows: the choice at small loads is among these, and they take little.
 _NUM_TIMES, _NUM_TIMES_FEW, _FEW_ROWS = 3, 6, 32
+#: Seconds of one size's steps after which the next is taken up: on a slow or busy machine one long step tells as much,
+#: and all sizes would take minutes.
+_CELL_S = 0.5
 
 #: Makes a request of the given id, prompt and parameters.
 RequestFactory = Callable[[str, Sequence[int], SamplingParams], Request]
@@ -147,11 +150,14 @@ def measure_steps(
             for cell in (cell for cell in cells if cell.num_requests == running):
                 engine.scheduler.budget = _MeasuredBudget(cell)
                 engine.step()
+                began = time.perf_counter()
                 for _ in range(_NUM_TIMES if cell.num_requests * cell.num_nodes > _FEW_ROWS else _NUM_TIMES_FEW):
                     took_s = _timed(engine)
                     if len(engine.requests) < running:
                         break
                     samples.append((_shape(engine, cell, num_slots), took_s))
+                    if time.perf_counter() - began > _CELL_S:
+                        break
                 if len(engine.requests) < running:
                     break
             for request_id in list(engine.requests):
@@ -181,6 +187,25 @@ def _timed(engine: Engine) -> float:
     return time.perf_counter() - start
 
 
+def _measured(
+    engine: Engine,
+    make_request: RequestFactory,
+    prompt: Sequence[int],
+    cells: Sequence[_Cell],
+    *,
+    max_running: int,
+    lengths: Sequence[int] = (),
+) -> list[tuple[StepShape, float]]:
+    """Plain cells first, then those with trees; prompts of the given lengths in the place of this one."""
+    prompts = [(list(prompt) * (n // len(prompt) + 1))[:n] for n in lengths] or [list(prompt)]
+    samples: list[tuple[StepShape, float]] = []
+    for is_plain in (True, False):
+        chosen = [cell for cell in cells if (cell.num_nodes == 1) is is_plain]
+        if chosen:
+            samples += measure_steps(engine, make_request, prompts, chosen, max_running=max_running)
+    return samples
+
+
 def measure_costs(
     engine: Engine,
     make_request: RequestFactory,
@@ -189,29 +214,12 @@ def measure_costs(
     max_running: int,
     max_rows: int,
     max_len: int,
-    stored: CostModel | None = None,
 ) -> CostModel | None:
-    """The cost of this engine's steps; None when the pool does not hold one request for so long. A stored model is
-    believed when a few steps agree with it up to a factor, which is then taken from them."""
+    """The cost of this engine's steps; None when the pool does not hold one request for so long."""
     most = min(MAX_ROWS, max_rows)
     running = [r for r in RUNNING if r <= max_running]
     plain = [_Cell(num_requests=r, num_nodes=1) for r in running]
     cells = [_Cell(num_requests=r, num_nodes=n) for r in running for n in MEASURED_NODES[1:] if n * r <= most]
-
-    def measured(chosen: Sequence[_Cell], lengths: Sequence[int] = ()) -> list[tuple[StepShape, float]]:
-        prompts = [(list(prompt) * (n // len(prompt) + 1))[: min(n, max_len // 2)] for n in lengths] or [list(prompt)]
-        return measure_steps(engine, make_request, prompts, chosen, max_running=max_running)
-
-    if stored is not None:
-        few = [[c for c in kind if c.num_requests in (1, 8) and c.num_nodes in (1, 8)] for kind in (plain, cells)]
-        samples = measured(few[0]) + measured(few[1])
-        least: dict[StepShape, float] = {}
-        for shape, took_s in samples:
-            if shape.num_requests:
-                least[shape] = min(took_s, least.get(shape, took_s))
-        ratios = [took_s / stored.step_s(shape) for shape, took_s in least.items()]
-        if ratios and max(ratios) / min(ratios) < _BELIEVED and 1 / _BELIEVED < statistics.median(ratios) < _BELIEVED:
-            return stored.scaled([statistics.median(ratios)] * len(PARTS))
     if engine.drafter is not None and engine.drafter.max_depth > 3:
         shallow = [replace(cell, depth=3) for cell in cells if cell.num_requests in (1, 8) and cell.num_nodes == 4]
         cells = shallow + cells
@@ -221,10 +229,47 @@ def measure_costs(
         for n, grown in ((1, None), (8, None), (16, 1), (4, 2), (8, 1))
         if r <= max_running and n * r <= most
     ]
-    samples = measured(plain) + measured(cells)
-    for is_plain in (True, False):
-        samples += measured([cell for cell in uneven if (cell.num_nodes == 1) is is_plain], UNEVEN_LENGTHS)
+    lengths = [min(n, max_len // 2) for n in UNEVEN_LENGTHS]
+    samples = _measured(engine, make_request, prompt, plain + cells, max_running=max_running)
+    samples += _measured(engine, make_request, prompt, uneven, max_running=max_running, lengths=lengths)
     return fit_costs(samples) if any(shape.num_requests for shape, _ in samples) else None
+
+
+def check_costs(
+    engine: Engine,
+    make_request: RequestFactory,
+    prompt: Sequence[int],
+    stored: CostModel,
+    *,
+    max_running: int,
+    max_rows: int,
+) -> CostModel | None:
+    """A stored model, scaled to what a few steps take; None where they show that it was measured on a busy machine."""
+    sizes = [(r, n) for r in (1, 8) for n in (1, 8) if r <= max_running and r * n <= min(MAX_ROWS, max_rows)]
+    cells = [_Cell(num_requests=r, num_nodes=n) for r, n in sizes]
+    scale = _scale_of(stored, _measured(engine, make_request, prompt, cells, max_running=max_running))
+    return stored.scaled([scale] * len(PARTS)) if scale is not None else None
+
+
+def _scale_of(stored: CostModel, samples: Sequence[tuple[StepShape, float]]) -> float | None:
+    """The factor with which a stored model goes on to be used; None where it is to be measured again.
+
+    Other work only ever adds to a step's time. So steps that are much faster than the model predicts show that the
+    model is wrong, and steps that are much slower, or not alike, that the machine is busy now: the model stays, and is
+    followed up while it is used.
+    """
+    least: dict[StepShape, float] = {}
+    for shape, took_s in samples:
+        if shape.num_requests:
+            least[shape] = min(took_s, least.get(shape, took_s))
+    if not least:
+        return 1.0
+    ratios = [took_s / stored.step_s(shape) for shape, took_s in least.items()]
+    middle = statistics.median(ratios)
+    if middle < 1 / _BELIEVED:
+        return None
+    is_quiet = middle < _BELIEVED and max(ratios) / min(ratios) < _BELIEVED
+    return middle if is_quiet else 1.0
 
 
 def warm_up(
@@ -237,33 +282,23 @@ def warm_up(
     max_len: int,
     store: CostStore | None = None,
 ) -> BudgetPolicy:
-    """Measures gains and costs, warns of a head that does not fit, and returns the policy of mode ``auto``; where
-    nothing can be measured, that is no speculation."""
-    greedy = measure_gains(engine, make_request, prompts)
-    lookup, engine.lookup = engine.lookup, None
-    try:
-        # Repetitions would hide a head that does not fit, and fill the contexts with tokens.
-        alone = 1.0 + float(measure_gains(engine, make_request, prompts[:2])[-1, -1])
-        sampled = measure_gains(engine, make_request, prompts[:2], temperature=1.0, num_tokens=32)
-        stored = store.load() if store is not None else None
-        cost = measure_costs(
-            engine,
-            make_request,
-            prompts[0],
-            max_running=max_running,
-            max_rows=max_rows,
-            max_len=max_len,
-            stored=stored,
-        )
-    finally:
-        engine.lookup = lookup
-    if store is not None and cost is not None and cost is not stored:
-        store.save(cost)
-    if alone < SUSPICIOUS_ACCEPTANCE:
+    """Measures gains and costs, or takes what was stored; warns of a head that does not fit, and returns the policy of
+    mode ``auto``; where nothing can be measured, that is no speculation."""
+    limits = {"max_running": max_running, "max_rows": max_rows, "max_len": max_len}
+
+    def measured() -> tuple[Gains, CostModel | None]:
+        return _load_or_measure(engine, make_request, prompts, store=store, **limits)
+
+    if store is None or store.is_filled:
+        gains, cost = measured()
+    else:
+        with store.alone():
+            gains, cost = measured()
+    if 1.0 + gains.most_of_head < SUSPICIOUS_ACCEPTANCE:
         _log.warning(
             "draft head: mean acceptance length %.2f with %d nodes at warm-up; the head is probably untrained, or "
             "made for another target. Output is right, but speculation will not pay.",
-            alone,
+            1.0 + gains.most_of_head,
             NODES[-1],
         )
     if engine.prefix_cache is not None:
@@ -272,14 +307,56 @@ def warm_up(
     if cost is None:
         return FixedBudget(1)
     drafter = engine.drafter
-    share = float(sampled.sum() / greedy.sum()) if greedy.sum() > 0 else 1.0
     budget = PricedBudget(
         cost,
-        Gains(accepted=greedy, sampled_share=min(max(share, 0.1), 1.5), of_head=alone - 1.0),
+        gains,
         needs_context=bool(drafter is not None and drafter.tap_layer_ids),
         num_block_slots=drafter.num_block_slots if drafter is not None else None,
-        has_lookup=lookup is not None,
+        has_lookup=engine.lookup is not None,
         may_overlap=isinstance(drafter, AheadDrafter),
     )
-    _log.info("accepted tokens of a tree of %s nodes: %s", NODES, [round(g, 2) for g in greedy[:, -1].tolist()])
+    accepted = gains.accepted[:, -1].tolist()
+    _log.info("accepted tokens of a tree of %s nodes: %s", NODES, [round(g, 2) for g in accepted])
     return budget
+
+
+def _load_or_measure(
+    engine: Engine,
+    make_request: RequestFactory,
+    prompts: Sequence[Sequence[int]],
+    *,
+    store: CostStore | None,
+    max_running: int,
+    max_rows: int,
+    max_len: int,
+) -> tuple[Gains, CostModel | None]:
+    gains = store.load_gains() if store is not None else None
+    if gains is None:
+        gains = _measure_all_gains(engine, make_request, prompts)
+        if store is not None:
+            store.save_gains(gains)
+    lookup, engine.lookup = engine.lookup, None
+    limits = {"max_running": max_running, "max_rows": max_rows}
+    try:
+        stored = store.load() if store is not None else None
+        cost = check_costs(engine, make_request, prompts[0], stored, **limits) if stored is not None else None
+        if cost is None:
+            cost = measure_costs(engine, make_request, prompts[0], max_len=max_len, **limits)
+            if store is not None and cost is not None:
+                store.save(cost)
+    finally:
+        engine.lookup = lookup
+    return gains, cost
+
+
+def _measure_all_gains(engine: Engine, make_request: RequestFactory, prompts: Sequence[Sequence[int]]) -> Gains:
+    greedy = measure_gains(engine, make_request, prompts)
+    lookup, engine.lookup = engine.lookup, None
+    try:
+        # Repetitions would hide a head that does not fit, and fill the contexts with tokens.
+        alone = 1.0 + float(measure_gains(engine, make_request, prompts[:2])[-1, -1])
+        sampled = measure_gains(engine, make_request, prompts[:2], temperature=1.0, num_tokens=32)
+    finally:
+        engine.lookup = lookup
+    share = float(sampled.sum() / greedy.sum()) if greedy.sum() > 0 else 1.0
+    return Gains(accepted=greedy, sampled_share=min(max(share, 0.1), 1.5), of_head=alone - 1.0)

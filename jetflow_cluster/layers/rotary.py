@@ -85,7 +85,9 @@ class Rotary:
     positions up takes a fifth of the time that it takes to compute them."""
 
     def __init__(self, config: RopeConfig, head_dim: int, device: torch.device):
-        self._frequencies, self._scale = inverse_frequencies(config, head_dim, device)
+        # A model that is only described is on the meta device, where a range would have torch load its compiler.
+        where = torch.device("cpu") if device.type == "meta" else device
+        self._frequencies, self._scale = inverse_frequencies(config, head_dim, where)
         #: cos and sin by dtype, of positions 0, 1 and so on, as far as they were asked for.
         self._kept: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
 

@@ -15,8 +15,9 @@ from jetflow_cluster.layers.linear import Piece, ReplicatedLinear, is_packable, 
 from jetflow_cluster.layers.norm import RmsNorm
 from jetflow_cluster.layers.rotary import Rotary
 from jetflow_cluster.models.batch import ForwardBatch, layer_pages
-from jetflow_cluster.models.config import TargetConfig, TransformerConfig, read_json, transformer_fields
+from jetflow_cluster.models.config import TargetConfig, TransformerConfig, transformer_fields, whole_number
 from jetflow_cluster.models.qwen3 import Qwen3Layer
+from jetflow_cluster.models.stored_files import read_json
 from jetflow_cluster.parallel.tp_group import TpGroup
 
 
@@ -71,14 +72,17 @@ class DraftHeadConfig(TransformerConfig):
             if source.get(key) is None:
                 raise ValueError(f"{path}: {key} is missing")
         taps = special.get("target_layer_ids")
+        num_target_layers = whole_number(raw, "num_target_layers", path)
         if taps is None:
-            taps = default_taps(int(raw["num_target_layers"]), fields["num_layers"])
+            taps = default_taps(num_target_layers, fields["num_layers"])
+        if not isinstance(taps, list) or not all(type(layer) is int for layer in taps):
+            raise ValueError(f"{path}: target_layer_ids = {str(taps)[:80]}: must be a list of layers")
         return cls(
             **fields,
-            block_size=int(raw["block_size"]),
-            num_target_layers=int(raw["num_target_layers"]),
-            target_layer_ids=tuple(int(i) for i in taps),
-            mask_token_id=int(special["mask_token_id"]),
+            block_size=whole_number(raw, "block_size", path),
+            num_target_layers=num_target_layers,
+            target_layer_ids=tuple(taps),
+            mask_token_id=whole_number(special, "mask_token_id", path),
             causal=_causal_flag(special, path),
         )
 

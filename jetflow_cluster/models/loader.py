@@ -10,20 +10,21 @@ import torch
 
 from jetflow_cluster.layers.embedding import ParallelLmHead
 from jetflow_cluster.layers.linear import Linear, Piece
-from jetflow_cluster.models.config import TargetConfig, read_json
+from jetflow_cluster.models.config import TargetConfig, architecture_of
 from jetflow_cluster.models.draft_head import DraftFuser, DraftHead, DraftHeadConfig, head_config_json
 from jetflow_cluster.models.progress import LoadProgress
 from jetflow_cluster.models.registry import TARGETS, TargetModel
 from jetflow_cluster.models.sidecar import CONFIG_NAME, WEIGHTS_NAME, SideCar, SideCarConfig, fingerprint
+from jetflow_cluster.models.stored_files import check_sizes, read_json, read_shapes, weight_files
 from jetflow_cluster.models.target_ends import TargetEnds
 from jetflow_cluster.models.weights import StoredTensors, check_names
 from jetflow_cluster.parallel.tp_group import TpGroup
 
-_PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
 #: Tensors of older checkpoints that follow from the configuration.
 _DERIVED = ("rotary_emb.inv_freq",)
 
 
+<<<<<<< HEAD
 def resolve_checkpoint(path_or_id: str | Path) -> Path:
     """A checkpoint's folder; what is no folder is taken as a Hugging Face id and fetched.
 
@@ -52,6 +53,9 @@ def load_target(
     tp: TpGroup,
     rounded_to: torch.dtype | None = None,
 ) -> TargetModel:
+=======
+def load_target(folder: Path, *, dtype: torch.dtype | None, device: torch.device, tp: TpGroup) -> TargetModel:
+>>>>>>> start
     """Loads this rank's part of a target.
 
     Args:
@@ -66,13 +70,14 @@ def load_target(
         ValueError: the architecture or a feature is not supported, a size cannot be divided, or tensors are missing,
             unexpected or misshapen; names them.
     """
-    named = read_json(folder / "config.json").get("architectures") or ["none"]
-    if named[0] not in TARGETS:
+    named = architecture_of(read_json(folder / "config.json"))
+    if named not in TARGETS:
         known = ", ".join(sorted(TARGETS))
-        raise ValueError(f"{folder / 'config.json'}: architecture {named[0]}: supported are {known}")
+        raise ValueError(f"{folder / 'config.json'}: architecture {named}: supported are {known}")
     config = TargetConfig.from_dir(folder)
+    check_sizes(config.num_layers, config.hidden_size, read_shapes(weight_files(folder)), folder, prefix="model.")
     with torch.device("meta"):
-        model = TARGETS[named[0]](config, tp, device)
+        model = TARGETS[named](config, tp, device)
     model.checkpoint_dir = folder
     ignored = ("lm_head.weight",) if config.tie_word_embeddings else ()
     _fill(model, folder, dtype, config.dtype, device, ignored, rounded_to=rounded_to)
@@ -102,6 +107,7 @@ def load_draft_head(
     """
     config = DraftHeadConfig.from_dir(folder)
     config.check_fits(target if isinstance(target, TargetConfig) else target.config)
+    check_sizes(config.num_layers, config.hidden_size, read_shapes(weight_files(folder)), folder)
     with torch.device("meta"):
         head = DraftHead(config, tp, device)
     if dtype is None and not isinstance(target, TargetConfig):
@@ -228,7 +234,8 @@ def _fill(
             dtype = getattr(torch, config_dtype) if config_dtype else stored.dtype_of(pieces[0][0])
         model.to(dtype)
         if device.type != "meta":
-            model.to_empty(device=device)
+            # As `to_empty` does, whose copies of tensors on the meta device have torch load sympy.
+            model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
             with torch.no_grad():
                 _read_pieces(list(model.pieces()), stored, folder, rounded_to)
             for module in model.modules():

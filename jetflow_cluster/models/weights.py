@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from jetflow_cluster.models.config import read_json
+from jetflow_cluster.models.stored_files import Shapes, read_shapes, weight_files
 
 _MAX_PROBLEMS = 8
+#: Parts of a file that `weights_digest` reads, from its first to its last byte, and bytes of each.
+_NUM_SAMPLES, _SAMPLE_BYTES = 9, 65_536
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):
@@ -23,44 +26,22 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         self._files = ExitStack()
         self._where: dict[str, Any] = {}
         #: Full shape of each tensor.
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: Shapes = {}
 
     @classmethod
     def of_checkpoint(cls, folder: Path) -> StoredTensors:
-        """``model.safetensors``, or the files that its index names.
-
-        Raises:
-            ValueError: a file is missing, or the index names what is no safetensors file of the folder.
-        """
-        index = folder / "model.safetensors.index.json"
-        if not index.exists():
-            single = folder / "model.safetensors"
-            if not single.exists():
-                others = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(kind))
-                hint = f"; {', '.join(others)} may hold code and is not read" if others else ""
-                raise ValueError(f"{folder}: model.safetensors is missing{hint}")
-            return cls([single])
-        names = sorted(set(dict(read_json(index).get("weight_map") or {}).values()))
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{index}: names {name}: only .safetensors files beside it are read")
-            if not (folder / name).exists():
-                raise ValueError(f"{index}: names {name}, which is missing")
-        return cls([folder / name for name in names])
+        """Of its `weight_files`; raises what they do."""
+        return cls(weight_files(folder))
 
     def __enter__(self) -> StoredTensors:
+        self.shapes = read_shapes(self._paths)
         for path in self._paths:
             try:
                 file = self._files.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, FileNotFoundError) as error:
+            except (SafetensorError, OSError) as error:
                 self._files.close()
                 raise ValueError(f"{path}: {error}") from None
-            for name in file.keys():  # noqa: SIM118
-                if name in self._where:
-                    self._files.close()
-                    raise ValueError(f"{path}: {name} is in another file too")
-                self._where[name] = file
-                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+            self._where |= dict.fromkeys(file.keys(), file)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -85,6 +66,20 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         """Dtype of one tensor."""
         stored = self._where[name].get_slice(name)
         return self.read(name, tuple(slice(0, 1) for _ in stored.get_shape())).dtype
+
+
+def weights_digest(*folders: Path) -> str:
+    """Tells checkpoints apart whose configurations are equal: a digest of names, sizes and some of the content of their
+    safetensors files. Reading all of it may take minutes."""
+    digest = hashlib.sha256()
+    for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for part in range(_NUM_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * part // (_NUM_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: Path) -> None:

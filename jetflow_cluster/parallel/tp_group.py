@@ -27,6 +27,11 @@ class TpGroup:
         """The ranks of an initialised `torch.distributed` group; None is the default group."""
         return cls(dist.get_rank(process_group), dist.get_world_size(process_group), process_group)
 
+    @classmethod
+    def imagined(cls, size: int) -> TpGroup:
+        """Rank 0 of a group whose other ranks are not there: what it would hold can be planned, nothing computed."""
+        return _ImaginedGroup(0, size)
+
     @property
     def may_be_recorded(self) -> bool:
         """Whether a CUDA graph may hold its collectives: NCCL's, but not Gloo's, which run on the host."""
@@ -63,3 +68,12 @@ class TpGroup:
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self._group)
         return torch.cat(parts, -1)
+
+
+class _ImaginedGroup(TpGroup):
+    @property
+    def may_be_recorded(self) -> bool:
+        return True
+
+    def smallest(self, value: int) -> int:
+        return value

@@ -69,8 +69,13 @@ class TokenFile:
 
     def __init__(self, path: str | Path, limits: Limits, clock: Callable[[], float] = time.monotonic):
         self._path, self._limits, self._clock = Path(path), limits, clock
-        self._stamp = self._look()
-        self._callers = self._read()
+        try:
+            self._stamp = self._look()
+            self._callers = self._read()
+        except OSError as error:
+            raise OSError(f"token_file = {str(path)!r}: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"token_file = {error}") from None
         self._next_look = clock() + _LOOK_S
 
     def caller(self, authorization: str | None) -> Caller | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 import socket
@@ -19,15 +20,22 @@ _RETURN, _SECOND = 0x06, 1
 
 def is_free(host: str, port: int) -> bool:
     """Whether nobody listens there, those included who would share the port."""
+    return why_not_free(host, port) is None
+
+
+def why_not_free(host: str, port: int) -> str | None:
+    """Why nobody could listen there, in words; None where that is possible."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # Connections that ended do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return (
+                "another program has it" if error.errno == errno.EADDRINUSE else f"{error.strerror} on host = {host!r}"
+            )
+    return None
 
 
 def prefer_younger(ports: Iterable[int]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from jetflow_cluster.models.tokenizer import read_tokenizer
 
 #: Up to here encoding and decoding take less time than handing them to a thread and back would be worth.
 _MAX_INLINE_CHARS = 2_048
@@ -23,14 +23,15 @@ class TextCodec:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: the file is no tokenizer.
     """
 
     def __init__(self, path: str | Path):
-        file = Path(path)
-        file = file / "tokenizer.json" if file.is_dir() else file
-        if not file.is_file():
+        folder = Path(path)
+        found = read_tokenizer(folder if folder.is_dir() else folder.parent)
+        if found is None:
             raise FileNotFoundError(f"tokenizer = {str(path)!r}: no tokenizer.json there")
-        self._tokenizer = Tokenizer.from_file(str(file))
+        self._tokenizer = found
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="jetflow-tokenizer")
 
     async def encode(self, text: str) -> list[int]:

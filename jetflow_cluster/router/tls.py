@@ -26,7 +26,7 @@ class ServerCertificate:
         client_ca_file: authorities of clients' certificates, in PEM; None asks clients for none.
 
     Raises:
-        OSError: a file cannot be read, or key and certificate do not fit.
+        OSError: a file cannot be read, or key and certificate do not fit; names field and file.
     """
 
     def __init__(self, cert_file: str, key_file: str, client_ca_file: str | None = None):
@@ -34,6 +34,9 @@ class ServerCertificate:
         #: Of an HTTP server.
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        for field, name in zip(("tls_cert_file", "tls_key_file", "tls_client_ca_file"), self._files, strict=True):
+            if name is not None:
+                _check_readable(field, name)
         self._stamps = self._look()
         self._load()
         self._next_look = time.monotonic() + _LOOK_S
@@ -68,8 +71,7 @@ class ServerCertificate:
             if stamps == self._grpc_stamps:
                 return None
             # Only a pair that fits is handed on.
-            probe = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            probe.load_cert_chain(self._files[0], self._files[1])
+            _load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self._files[0], self._files[1])
             return self._configuration()
         except (OSError, ValueError) as error:
             _log.error("the certificate stays as it was: %s", error)
@@ -87,8 +89,37 @@ class ServerCertificate:
     def _load(self) -> None:
         cert, key, authorities = self._files
         # A pair that does not fit is noticed before it replaces one that does.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
-        self.context.load_cert_chain(cert, key)
+        _load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), cert, key)
+        _load_pair(self.context, cert, key)
         if authorities is not None:
-            self.context.load_verify_locations(authorities)
+            try:
+                self.context.load_verify_locations(authorities)
+            except ssl.SSLError:
+                raise OSError(f"tls_client_ca_file = {authorities!r}: holds no certificates in PEM") from None
             self.context.verify_mode = ssl.CERT_REQUIRED
+
+
+def _check_readable(field: str, name: str) -> None:
+    try:
+        Path(name).read_bytes()
+    except OSError as error:
+        raise OSError(f"{field} = {name!r}: {error.strerror}") from None
+
+
+def _load_pair(context: ssl.SSLContext, cert: str, key: str) -> None:
+    """Raises OSError with field, file and what is wrong with it."""
+
+    def refuse_password() -> str:
+        # Without this the library asks for it at the terminal.
+        raise OSError(f"tls_key_file = {key!r}: has a password; give a key without one")
+
+    try:
+        context.load_cert_chain(cert, key, refuse_password)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise OSError(f"tls_key_file = {key!r}: does not fit tls_cert_file = {cert!r}") from None
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cert)
+        except ssl.SSLError:
+            raise OSError(f"tls_cert_file = {cert!r}: holds no certificate in PEM") from None
+        raise OSError(f"tls_key_file = {key!r}: holds no key in PEM") from None

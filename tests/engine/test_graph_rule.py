@@ -37,11 +37,20 @@ def test_rule(
 
 
 def test_another_gpu_than_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert compute_device(EngineConfig(device="cuda:1")) == torch.device("cuda:1")
     with pytest.raises(ValueError, match=r"device = 'cuda:0': this process launches on cuda:1; .*DEVICES=0"):
         compute_device(EngineConfig(device="cuda:0"))
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda:2", "torch finds 2 CUDA devices"), ("cuda:x", "must be auto, cpu, cuda or cuda:N")]
+)
+def test_no_such_device(device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=f"device = '{device}': .*{message}"):
+        compute_device(EngineConfig(device=device))
 
 
 @pytest.mark.parametrize("options", [{}, {"drafter_factory": lambda *_: NoDrafter()}], ids=["head", "other-drafter"])

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from jetflow_cluster.layers.rotary import RopeConfig
-from jetflow_cluster.models.config import TargetConfig, read_json, rope_config
+from jetflow_cluster.models.config import TargetConfig, rope_config
 from jetflow_cluster.models.draft_head import DraftHeadConfig, head_config_json
+from jetflow_cluster.models.stored_files import read_json
 
 BASE: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jetflow_cluster.engine.resolve import DEFAULT_CHECKPOINT
+from jetflow_cluster.models.hub import DEFAULT_CHECKPOINT
 from jetflow_cluster.models.loader import load_draft_head, load_sidecar, load_target
 from jetflow_cluster.parallel.tp_group import TpGroup
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jetflow_cluster.models.loader import load_draft_head, load_sidecar, load_target, resolve_checkpoint
+from jetflow_cluster.models.hub import resolve_checkpoint
+from jetflow_cluster.models.loader import load_draft_head, load_sidecar, load_target
 from jetflow_cluster.parallel.tp_group import TpGroup
 from support.small_models import write_head, write_target
 

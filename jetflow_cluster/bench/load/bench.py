@@ -36,7 +36,7 @@ from jetflow_cluster.bench.report import write_json
 from jetflow_cluster.bench.systems import load_transformers
 from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.engine.local import LLM
-from jetflow_cluster.engine.resolve import checkpoints
+from jetflow_cluster.models.hub import checkpoints
 
 _NUM_PROMPTS = 200
 #: Nodes of the trees with which one and two cohorts are compared.

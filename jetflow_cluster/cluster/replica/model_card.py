@@ -7,7 +7,7 @@ from pathlib import Path
 from jetflow_cluster import __version__
 from jetflow_cluster.cluster.replica.config import ReplicaServerConfig
 from jetflow_cluster.engine.frontend import EngineFrontend
-from jetflow_cluster.models.config import read_json
+from jetflow_cluster.models.stored_files import read_json
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 
 #: Largest tree that a request may ask for.

@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,8 +43,12 @@ def build(compiler: Compiler, isa: str, flags: tuple[str, ...], target: Path) ->
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         compiled, linked = [Path(folder, f"{source.stem}.o") for source in _SOURCES], Path(folder, "cpu.so")
-        for source, made in zip(_SOURCES, compiled, strict=True):
-            run([*compiler.command, *_FLAGS, *_ISA_FLAGS[isa], *flags, "-c", str(source), "-o", str(made)])
+        commands = [
+            [*compiler.command, *_FLAGS, *_ISA_FLAGS[isa], *flags, "-c", str(source), "-o", str(made)]
+            for source, made in zip(_SOURCES, compiled, strict=True)
+        ]
+        with ThreadPoolExecutor(min(len(commands), machine().num_cores)) as threads:
+            list(threads.map(run, commands))
         # Linked without -fopenmp: the library that torch has loaded is to serve, and no second one.
         run([*compiler.command, "-shared", *map(str, compiled), "-lm", "-o", str(linked)])
         content = linked.read_bytes()

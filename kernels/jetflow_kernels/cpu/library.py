@@ -13,10 +13,13 @@ from typing import Any
 import torch
 
 from jetflow_kernels.cpu.compiler import build, is_whole, library_folder, library_name
+from jetflow_kernels.folder_lock import held
 from jetflow_kernels.machine import Compiler, find_compiler, machine
 
 _LOG = logging.getLogger(__name__)
 _LOCK = threading.Lock()
+#: Seconds that another process may take to compile before this one does so too.
+_OTHERS_LIMIT_S = 120.0
 
 #: Whether a dtype is half as wide as fp32, as the functions ask for it; others are not served.
 HALF = {torch.float32: 0, torch.bfloat16: 1}
@@ -128,13 +131,25 @@ def _load(compiler: Compiler, isa: str, flags: tuple[str, ...]) -> Functions:
     """What was compiled before, or else now. Raises OSError where that cannot be compiled or loaded."""
     with library_folder() as folder:
         path = folder / library_name(compiler, isa, flags)
-        if is_whole(path):
-            try:
-                return _declared(path)
-            except OSError as error:
-                _LOG.debug("%s is compiled again: %s", path, error)
-        build(compiler, isa, flags, path)
-        return _declared(path)
+        found = _kept(path)
+        if found is None:
+            # Processes that start together would else compile the same at the same time.
+            with held(folder, _OTHERS_LIMIT_S):
+                found = _kept(path)
+                if found is None:
+                    build(compiler, isa, flags, path)
+                    found = _declared(path)
+        return found
+
+
+def _kept(path: Path) -> Functions | None:
+    """What a file holds; None where it is not there, or damaged."""
+    if is_whole(path):
+        try:
+            return _declared(path)
+        except OSError as error:
+            _LOG.debug("%s is compiled again: %s", path, error)
+    return None
 
 
 def _declared(path: Path) -> Functions:

@@ -15,7 +15,7 @@ import pytest
 
 from jetflow_cluster import EngineConfig
 from jetflow_cluster.engine.frontend import EngineFrontend
-from jetflow_cluster.engine.resolve import DEFAULT_CHECKPOINT
+from jetflow_cluster.models.hub import DEFAULT_CHECKPOINT
 from jetflow_cluster.router.safety import SafetyConfig
 from jetflow_cluster.router.web.page_files import FOLDER, HEADERS
 from support.browser import chromium
