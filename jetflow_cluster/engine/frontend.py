@@ -226,7 +226,8 @@ class EngineFrontend:
         return weights_digest(*folders), self.engine.lookup is not None
 
     def make_warmup_request(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> Request:
-        """A request outside the limits on `max_tokens`; it is aborted or ends by the context's limit."""
+        """A request outside the limits on `max_tokens`; it is aborted or ends by the context's limit, or by the pool's:
+        one that never fits would be preempted without end."""
         return Request(
             request_id=request_id,
             prompt_token_ids=list(prompt),
@@ -237,5 +238,5 @@ class EngineFrontend:
             keys=PageKeys(self.config.page_size),
             detokenizer=None,
             eos_token_ids=self._loaded.eos_token_ids,
-            max_len=self.max_model_len,
+            max_len=min(self.max_model_len, self.engine.pool.num_pages * self.config.page_size),
         )
