@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from jetflow_cluster import __version__, cli_bench, cli_load, cli_remote, cli_serving, cli_training
 from jetflow_cluster import cli_options as opt
-from jetflow_cluster.console import Commands, apply_environment, stderr, stdout
+from jetflow_cluster.console import Commands, apply_environment, print_json, stderr, stdout
 from jetflow_cluster.env import read_environment
 from jetflow_cluster.types import (
     RequestOutput,
@@ -144,7 +143,7 @@ def _complete(
 ) -> None:
     asked: str | list[int] = llm.apply_chat_template([{"role": "user", "content": text}]) if chat else text
     if as_json:
-        typer.echo(json.dumps(_output_object(llm.generate([asked], params)[0]), ensure_ascii=False))
+        print_json(_output_object(llm.generate([asked], params)[0]))
         return
     from jetflow_cluster.bench.terminal import stream_to
 
@@ -191,8 +190,11 @@ def _print_stats(streamed: Streamed) -> None:
     )
 
 
-@app.command(epilog="Example:\n\n  jetflow demo --output out/demo")
+@app.command(epilog="Examples:\n\n  jetflow demo --output out/demo\n\n  jetflow demo --part speed --part served")
 def demo(
+    part: Annotated[
+        list[opt.DemoPart] | None, typer.Option(help="One part; may be given several times.", show_default="all")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for figures and pictures.")] = Path("out/demo"),
     prompts: opt.PromptSet = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 6,
@@ -200,27 +202,15 @@ def demo(
     model: opt.Model = None,
     draft_head: opt.DraftHead = None,
     device: opt.Device = "auto",
-    served: Annotated[
-        bool, typer.Option("--served", help="Serve the embedded model on a local Ray, and kill a shard in mid-stream.")
-    ] = False,
-    scaled: Annotated[
-        bool, typer.Option("--scaled", help="Serve it, and let one replica become three and one again under load.")
-    ] = False,
 ) -> None:
-    """Complete held-out code with and without speculation, live, and prove the outputs identical."""
-    if scaled:
-        from jetflow_cluster.bench.demo_scaled import ScaledDemoConfig, run_scaled_demo
+    """See what speculation gives: the same outputs, faster; then served, with a shard lost, and scaled.
 
-        run_scaled_demo(ScaledDemoConfig(output_dir=output), stdout)
-        stdout.print("\n".join(f"wrote {output / name}" for name in ("results.json", "scaled.png", "dashboard.png")))
-        return
-    if served:
-        from jetflow_cluster.bench.demo_served import ServedDemoConfig, run_served_demo
-
-        run_served_demo(ServedDemoConfig(output_dir=output, max_tokens=max_tokens), stdout)
-        stdout.print(f"wrote {output / 'results.json'}\nwrote {output / 'served.png'}")
-        return
-    from jetflow_cluster.bench.demo import DemoConfig, run_demo
+    Parts: speed completes held-out code token by token and with trees, live, and proves the outputs identical; served
+    does so on a local Ray, two replicas of two shards and a draft worker; lost kills a shard in mid-stream; scaled lets
+    replicas come and go with the load. Model, prompts and device are those of speed.
+    """
+    from jetflow_cluster.bench.demo import DemoConfig
+    from jetflow_cluster.bench.demo_parts import PARTS, run_parts
 
     config = DemoConfig(
         output_dir=output,
@@ -231,10 +221,8 @@ def demo(
         draft_head=draft_head,
         device=device,
     )
-    run_demo(config, stdout)
-    for name in ("results.json", "demo.png", "trees.html"):
-        if (output / name).exists():
-            stdout.print(f"wrote {output / name}")
+    for path in run_parts([each.value for each in part] if part else PARTS, config, stdout):
+        stdout.print(f"wrote {path}", highlight=False)
 
 
 @app.command(epilog='Example:\n\n  jetflow trace "def read_config(path):" --max-tree-nodes 32 --output trees.html')
@@ -351,7 +339,7 @@ def _doctor_costs(
     report = examine_costs(llm)
     draw_costs(report, output / "costs.png")
     if as_json:
-        typer.echo(json.dumps(report))
+        print_json(report)
     else:
         print_costs(report, stdout)
         stdout.print(f"picture in {output / 'costs.png'}")
@@ -387,7 +375,7 @@ def doctor(
         )
     )
     if as_json:
-        typer.echo(json.dumps(report))
+        print_json(report)
     else:
         print_report(report, stdout)
 

@@ -1,4 +1,4 @@
-"""`jetflow demo`: held-out prompts completed token by token and with tree speculation, live, with proof."""
+"""`jetflow demo`, part speed: held-out prompts completed token by token and with tree speculation, live, with proof."""
 
 from __future__ import annotations
 

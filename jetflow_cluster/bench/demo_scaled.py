@@ -1,4 +1,4 @@
-"""`jetflow demo --scaled`: replicas come and go with the load, no request fails, and the dashboard has data."""
+"""`jetflow demo`, part scaled: replicas come and go with the load, no request fails, and the dashboard has data."""
 
 from __future__ import annotations
 
@@ -109,26 +109,19 @@ class _Load:
             self._seen.requests.append((now, len(output.token_ids), now - began))
 
 
-def run_scaled_demo(config: ScaledDemoConfig, console: Console) -> dict[str, Any]:
-    """Runs the demonstration and returns the content of ``results.json``.
+def run_scaled_demo(config: ScaledDemoConfig, address: str, console: Console) -> dict[str, Any]:
+    """Runs the demonstration against what is served at `address`, and returns the content of ``results.json``.
 
     Raises:
         RequestsFailedError: a request failed, a number of replicas was not reached, or a panel has no data.
     """
     console.print(Rule("scaled: replicas come and go with the load", style="dim", align="left"))
-    launch.connect(None, config.cluster, log_to_driver=False)
-    try:
-        with console.status("starting Ray, one replica, a router"):
-            address = launch.deploy(config.cluster)
-        recorder, seen = Recorder(launch.metric_addresses()), _Seen()
-        tokenizer = Tokenizer.from_file(str(DEFAULT_CHECKPOINT / "target" / "tokenizer.json"))
-        prompts = load_prompts(None, tokenizer, max_prompts=24, max_prompt_tokens=96)
-        began = time.monotonic()
-        with JetFlowClient(address, timeout_s=300.0) as client:
-            _run_phases(config, client, prompts, recorder, seen, console)
-    finally:
-        with console.status("shutting down"):
-            launch.shut_down()
+    recorder, seen = Recorder(launch.metric_addresses()), _Seen()
+    tokenizer = Tokenizer.from_file(str(DEFAULT_CHECKPOINT / "target" / "tokenizer.json"))
+    prompts = load_prompts(None, tokenizer, max_prompts=24, max_prompt_tokens=96)
+    began = time.monotonic()
+    with JetFlowClient(address, timeout_s=300.0) as client:
+        _run_phases(config, client, prompts, recorder, seen, console)
     return _finish(config, recorder, seen, began, console)
 
 

@@ -1,4 +1,4 @@
-"""`jetflow demo --served`: a local cluster loses a shard in mid-stream, live, and no token is lost, with proof."""
+"""`jetflow demo`, parts served and lost: streams through a local cluster, and a shard lost in the middle of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -42,11 +41,15 @@ class TokensLostError(RuntimeError):
     """A stream did not deliver the tokens that the local engine makes."""
 
 
+class UnplannedLossError(RuntimeError):
+    """A process was lost that the demonstration did not end."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServedDemoConfig:
     """Everything that decides a demonstration."""
 
-    #: Where ``results.json`` and ``served.png`` go.
+    #: Where ``results.json`` and ``streams.png`` go.
     output_dir: Path
     #: Concurrent streams; every other one is sampled.
     num_streams: int = 8
@@ -68,7 +71,7 @@ class ServedDemoConfig:
 
 
 @dataclass
-class _Stream:
+class Stream:
     """One request as its client sees it."""
 
     prompt: BenchPrompt
@@ -88,7 +91,7 @@ class _Stream:
 
 
 @dataclass
-class _Loss:
+class Loss:
     """The shard that is killed."""
 
     replica_id: str = ""
@@ -97,34 +100,57 @@ class _Loss:
     replaced_s: float | None = None
 
 
-def run_served_demo(config: ServedDemoConfig, console: Console) -> dict[str, Any]:
-    """Runs the demonstration and returns the content of ``results.json``.
+def expected_streams(config: ServedDemoConfig, console: Console) -> list[Stream]:
+    """The requests of these parts, with the tokens that this process makes of them, token by token."""
+    cluster = config.cluster
+    with console.status("completing the prompts in this process, token by token, to compare with"):
+        llm = LLM(
+            cluster.model, cluster.draft_head, dtype=cluster.dtype, num_pages=cluster.num_pages, tree_nodes={1: 1}
+        )
+        prompts = load_prompts(None, llm.tokenizer, max_prompts=config.num_streams, max_prompt_tokens=128)
+        params = [
+            SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=config.max_tokens, ignore_eos=True)
+            for i in range(len(prompts))
+        ]
+        plain = SpeculationOptions(mode=SpeculationMode.OFF)
+        outputs = llm.generate(
+            [prompt.token_ids for prompt in prompts], [dataclasses.replace(p, speculation=plain) for p in params]
+        )
+    return [
+        Stream(prompt=prompt, params=p, expected=output.token_ids)
+        for prompt, p, output in zip(prompts, params, outputs, strict=True)
+    ]
+
+
+def run_served_demo(
+    config: ServedDemoConfig, address: str, streams: Sequence[Stream], console: Console, *, kills: bool
+) -> dict[str, Any]:
+    """Runs the streams, and with `kills` kills a shard in the middle of them; returns the content of ``results.json``.
+
+    Args:
+        config: of the demonstration; `output_dir` is this part's.
+        address: of the router of what is served.
+        streams: of `expected_streams`.
+        console: where it is shown.
+        kills: whether a shard is killed.
 
     Raises:
         TokensLostError: a stream's tokens are not those of the local engine.
+        UnplannedLossError: a process is gone that the demonstration did not end.
     """
-    console.print(Rule("served: Ray actors, a gRPC router, and a shard that is killed", style="dim", align="left"))
-    with console.status("completing the prompts in this process, token by token, to compare with"):
-        streams = _expected(config)
-    with _cluster(config.cluster, console) as address, JetFlowClient(address, timeout_s=300.0) as client:
-        loss = _Loss()
-        began = time.monotonic()
-        with Live(console=console, auto_refresh=False) as live, ThreadPoolExecutor(len(streams) + 1) as threads:
-            runs = [threads.submit(_run, client, stream) for stream in streams]
-            replaced = threading.Event()
-            while not all(run.done() for run in runs) or (loss.pid and not replaced.is_set()):
-                if not loss.pid and _share(streams) >= _KILL_AT:
-                    _kill(loss, streams)
-                    threads.submit(_watch, loss, config.cluster, replaced)
-                live.update(_view(streams, loss), refresh=True)
-                time.sleep(_REFRESH_S)
-            for run in runs:
-                run.result()
-            live.update(_view(streams, loss), refresh=True)
+    title = "lost: a shard is killed in mid-stream" if kills else "served: Ray actors and a gRPC router"
+    console.print(Rule(title, style="dim", align="left"))
+    streams = [dataclasses.replace(stream, tokens=[], moments=[]) for stream in streams]
+    before, loss, began = launch.overview(), Loss(), time.monotonic()
+    with JetFlowClient(address, timeout_s=300.0) as client:
+        _run_all(config, client, streams, loss if kills else None, console)
+    _check_processes(before, loss)
+    if loss.pid and loss.replaced_s is None:
+        raise UnplannedLossError(f"replica {loss.replica_id} was not replaced within {_REPLACED_TIMEOUT_S:.0f} s")
     results = _results(config, streams, loss, began)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(results, config.output_dir / "results.json")
-    _draw(streams, loss, began, config.output_dir / "served.png")
+    _draw(streams, loss, began, config.output_dir / "streams.png")
     wrong = [stream.prompt.name for stream in streams if stream.tokens != stream.expected]
     if wrong:
         raise TokensLostError(f"tokens differ from the local engine's: {', '.join(wrong)}")
@@ -132,42 +158,39 @@ def run_served_demo(config: ServedDemoConfig, console: Console) -> dict[str, Any
     return results
 
 
-def _expected(config: ServedDemoConfig) -> list[_Stream]:
-    cluster = config.cluster
-    llm = LLM(cluster.model, cluster.draft_head, dtype=cluster.dtype, num_pages=cluster.num_pages, tree_nodes={1: 1})
-    prompts = load_prompts(None, llm.tokenizer, max_prompts=config.num_streams, max_prompt_tokens=128)
-    params = [
-        SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=config.max_tokens, ignore_eos=True)
-        for i in range(len(prompts))
-    ]
-    plain = SpeculationOptions(mode=SpeculationMode.OFF)
-    outputs = llm.generate(
-        [prompt.token_ids for prompt in prompts], [dataclasses.replace(p, speculation=plain) for p in params]
-    )
-    return [
-        _Stream(prompt=prompt, params=p, expected=output.token_ids)
-        for prompt, p, output in zip(prompts, params, outputs, strict=True)
-    ]
+def _run_all(
+    config: ServedDemoConfig, client: JetFlowClient, streams: Sequence[Stream], loss: Loss | None, console: Console
+) -> None:
+    # What others print goes elsewhere, and so must not be taken for lines above the table.
+    with (
+        Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live,
+        ThreadPoolExecutor(len(streams) + 1) as threads,
+    ):
+        runs = [threads.submit(_run, client, stream) for stream in streams]
+        shown, replaced = loss or Loss(), threading.Event()
+        while not all(run.done() for run in runs) or (shown.pid and not replaced.is_set()):
+            if loss is not None and not loss.pid and _share(streams) >= _KILL_AT:
+                _kill(loss, streams)
+                threads.submit(_watch, loss, config.cluster, replaced)
+            live.update(_view(streams, shown), refresh=True)
+            time.sleep(_REFRESH_S)
+        for run in runs:
+            run.result()
+        live.update(_view(streams, shown), refresh=True)
 
 
-@contextmanager
-def _cluster(config: ClusterConfig, console: Console) -> Iterator[str]:
-    num_actors = config.num_replicas * (config.tensor_parallel_size + config.num_draft_workers)
-    launch.connect(None, config, log_to_driver=False)
-    try:
-        with console.status(f"starting Ray, {config.num_replicas} replicas of {num_actors} actors in all, a router"):
-            address = launch.deploy(config)
-        for name, replica in launch.overview()["replicas"].items():
-            pids = ", ".join(f"{process} {pid}" for process, pid in replica["pids"].items())
-            seconds = sum(replica["phases"].values())
-            console.print(f"replica {name} ({pids}) started in {seconds:.1f} s", style="dim")
-        yield address
-    finally:
-        with console.status("shutting down"):
-            launch.shut_down()
+def _check_processes(before: dict[str, Any], loss: Loss) -> None:
+    """Ray's own words on lost processes go to a file, so what nobody planned is looked for here."""
+    after = launch.overview()
+    for kind in ("replicas", "routers"):
+        for name, member in before[kind].items():
+            if name != loss.replica_id and after[kind].get(name, {}).get("pids") != member["pids"]:
+                raise UnplannedLossError(
+                    f"a process of {kind.removesuffix('s')} {name} is gone: it was {member['pids']}"
+                )
 
 
-def _run(client: JetFlowClient, stream: _Stream) -> None:
+def _run(client: JetFlowClient, stream: Stream) -> None:
     with client.stream(stream.prompt.token_ids, stream.params) as deltas:
         for delta in deltas:
             stream.tokens += delta.token_ids
@@ -179,11 +202,11 @@ def _run(client: JetFlowClient, stream: _Stream) -> None:
     stream.is_done = True
 
 
-def _share(streams: Sequence[_Stream]) -> float:
+def _share(streams: Sequence[Stream]) -> float:
     return sum(len(stream.tokens) for stream in streams) / sum(len(stream.expected) for stream in streams)
 
 
-def _kill(loss: _Loss, streams: Sequence[_Stream]) -> None:
+def _kill(loss: Loss, streams: Sequence[Stream]) -> None:
     """Kills a shard of the replica that has most of the running streams."""
     replicas = launch.overview()["replicas"]
     running = [stream.replica_id for stream in streams if not stream.is_done]
@@ -193,7 +216,7 @@ def _kill(loss: _Loss, streams: Sequence[_Stream]) -> None:
     os.kill(loss.pid, signal.SIGKILL)
 
 
-def _watch(loss: _Loss, config: ClusterConfig, replaced: threading.Event) -> None:
+def _watch(loss: Loss, config: ClusterConfig, replaced: threading.Event) -> None:
     """Waits until there are as many replicas as before."""
     try:
         while time.monotonic() - loss.killed_at < _REPLACED_TIMEOUT_S:
@@ -206,7 +229,7 @@ def _watch(loss: _Loss, config: ClusterConfig, replaced: threading.Event) -> Non
         replaced.set()
 
 
-def _view(streams: Sequence[_Stream], loss: _Loss) -> Group:
+def _view(streams: Sequence[Stream], loss: Loss) -> Group:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("prompt", "sampling", "first on", "tokens", "resumed", "state"):
         table.add_column(title, justify="right" if title in ("tokens", "resumed") else "left", no_wrap=True)
@@ -233,10 +256,10 @@ def _view(streams: Sequence[_Stream], loss: _Loss) -> Group:
             else f"its replacement starts ({ago_s:.0f} s)",
             style="bold green" if loss.replaced_s is not None else "yellow",
         )
-    return Group(table, event)
+    return Group(table, event, Text(""))
 
 
-def _results(config: ServedDemoConfig, streams: Sequence[_Stream], loss: _Loss, began: float) -> dict[str, Any]:
+def _results(config: ServedDemoConfig, streams: Sequence[Stream], loss: Loss, began: float) -> dict[str, Any]:
     ended = max(stream.moments[-1][0] for stream in streams)
     return {
         "machine": describe_machine(),
@@ -247,29 +270,35 @@ def _results(config: ServedDemoConfig, streams: Sequence[_Stream], loss: _Loss, 
         "num_resumed": sum(stream.num_resumes > 0 for stream in streams),
         "tokens_per_s": round(sum(len(stream.tokens) for stream in streams) / (ended - began), 2),
         "killed_replica": loss.replica_id,
-        "longest_gap_s": round(max(stream.longest_gap(loss.killed_at) for stream in streams), 3),
+        "longest_gap_s": round(max(stream.longest_gap(loss.killed_at or began) for stream in streams), 3),
         "replaced_s": None if loss.replaced_s is None else round(loss.replaced_s, 2),
     }
 
 
 def _summary(results: dict[str, Any]) -> str:
-    after = "not replaced in time" if results["replaced_s"] is None else f"replaced after {results['replaced_s']} s"
+    if not results["killed_replica"]:
+        return (
+            f"[bold green]outputs identical:[/bold green] {results['num_tokens']} tokens of {results['num_streams']} "
+            f"streams equal the local engine's; {results['tokens_per_s']:.0f} tokens/s"
+        )
     return (
         f"[bold green]no token lost:[/bold green] {results['num_tokens']} tokens of {results['num_streams']} streams "
-        f"equal the local engine's, {results['num_resumed']} streams went on elsewhere; longest wait behind the kill "
-        f"{results['longest_gap_s']:.2f} s; the replica was {after}"
+        f"equal the local engine's, {results['num_resumed']} streams went on elsewhere; longest wait after the kill "
+        f"{results['longest_gap_s']:.2f} s; the replica was replaced after {results['replaced_s']} s"
     )
 
 
-def _draw(streams: Sequence[_Stream], loss: _Loss, began: float, path: Path) -> None:
+def _draw(streams: Sequence[Stream], loss: Loss, began: float, path: Path) -> None:
     plt = load_pyplot()
     figure, axes = plt.subplots(figsize=(9, 4.5))
     for stream in streams:
         colour = "#c0392b" if stream.num_resumes else "#0b7a75"
         times, counts = zip(*stream.moments, strict=True)
         axes.step([t - began for t in times], counts, where="post", color=colour, linewidth=1.2, alpha=0.8)
-    axes.axvline(loss.killed_at - began, color="black", linestyle="--", linewidth=1)
-    axes.annotate("shard killed", (loss.killed_at - began, 0), xytext=(4, 4), textcoords="offset points", fontsize=9)
+    if loss.pid:
+        at = loss.killed_at - began
+        axes.axvline(at, color="black", linestyle="--", linewidth=1)
+        axes.annotate("shard killed", (at, 0), xytext=(4, 4), textcoords="offset points", fontsize=9)
     axes.set_xlabel("seconds")
     axes.set_ylabel("tokens delivered")
     axes.set_title("streams that went on elsewhere (red) and undisturbed ones (green)", loc="left", fontsize=10)

@@ -27,7 +27,7 @@ class ClusterConfig:
     draft_head: str | None = None
     #: Name under which the model is served; None is the checkpoint's folder or id.
     served_model_name: str | None = None
-    #: Compute type of weights and KV cache; ``auto`` takes the checkpoint's.
+    #: Compute type of weights and KV cache; ``auto`` is the checkpoint's on a GPU, float32 on a CPU.
     dtype: str = "auto"
     #: Shards of the target in each replica.
     tensor_parallel_size: int = 1

@@ -20,6 +20,7 @@ from jetflow_cluster.cluster.placement import replica_shape
 from jetflow_cluster.env import read_environment
 from jetflow_cluster.router.ports import is_free
 from jetflow_cluster.rpc import GRPC_ENVIRONMENT
+from jetflow_kernels.machine import machine
 
 _log = logging.getLogger(__name__)
 APP_NAME = "jetflow"
@@ -66,7 +67,7 @@ def connect(
     _compile_meanwhile()
     wanted = (config.max_replicas or config.num_replicas) * sum(bundle["CPU"] for bundle in bundles)
     ray.init(
-        num_cpus=max(os.cpu_count() or 1, math.ceil(wanted)),
+        num_cpus=max(machine().num_cores, math.ceil(wanted)),
         include_dashboard=False,
         configure_logging=False,
         log_to_driver=log_to_driver,
@@ -172,7 +173,17 @@ def trace(seconds: float) -> dict[str, Any]:
     raise RuntimeError(f"no answer came from {', '.join(sorted(wanted - set(found)))}")
 
 
-def shut_down(*, has_served: bool = True) -> None:
-    """Takes the application down and leaves Ray; running requests are finished first where it has served."""
+def take_down(*, has_served: bool = True) -> None:
+    """Takes the application down; running requests are finished first where it has served."""
     serve.delete(APP_NAME, _blocking=has_served)
+
+
+def shut_down(*, has_served: bool = True) -> None:
+    """Takes the application down and leaves Ray."""
+    take_down(has_served=has_served)
+    leave()
+
+
+def leave() -> None:
+    """Leaves Ray, and ends what `connect` started."""
     ray.shutdown()

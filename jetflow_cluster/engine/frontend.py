@@ -128,11 +128,17 @@ class EngineFrontend:
         """Token ids of a prompt.
 
         Raises:
-            InvalidRequestError: text without a tokenizer, or ids that are no ids of the vocabulary.
+            InvalidRequestError: text without a tokenizer or with halves of characters, or ids that are no ids of the
+                vocabulary.
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequestError("prompt", prompt[:40], "text needs a tokenizer.json; give token ids")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                limit = f"must be text that UTF-8 can hold; character {error.start} is a lone surrogate"
+                raise InvalidRequestError("prompt", prompt[:40], limit) from None
             return list(self.tokenizer.encode(prompt).ids)
         token_ids = list(prompt)
         for token in token_ids:
