@@ -20,11 +20,8 @@ from jetflow_cluster.engine.cost_model import CostModel
 from jetflow_cluster.engine.draft_choice import Gains
 from jetflow_cluster.env import read_environment
 from jetflow_kernels.cpu import cpu_kernels
-<<<<<<< HEAD
-from jetflow_kernels.machine import machine
-=======
 from jetflow_kernels.folder_lock import held
->>>>>>> start
+from jetflow_kernels.machine import machine
 
 _log = logging.getLogger(__name__)
 #: Of what is measured: models that were measured otherwise are not read.

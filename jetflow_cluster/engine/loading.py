@@ -23,11 +23,7 @@ from jetflow_cluster.engine.protocols import BudgetPolicy, Drafter, TreeBuilder
 from jetflow_cluster.engine.recorded_steps import RecordedSteps
 from jetflow_cluster.engine.recording import CudaGraphs
 from jetflow_cluster.engine.resolve import (
-<<<<<<< HEAD
     HALF_DTYPES,
-    checkpoints,
-=======
->>>>>>> start
     compute_device,
     compute_draft_dtype,
     compute_dtype,

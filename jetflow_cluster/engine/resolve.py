@@ -10,29 +10,9 @@ from jetflow_cluster.parallel.tp_group import TpGroup
 from jetflow_kernels.cpu import cpu_kernels
 from jetflow_kernels.machine import machine
 
-<<<<<<< HEAD
 BF16 = "bfloat16"
 HALF_DTYPES = (BF16, "float16")
-DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default"
 
-
-def checkpoints(config: EngineConfig) -> tuple[Path, Path | None]:
-    """Folders of target and draft head; what is no folder is fetched.
-
-    Raises:
-        FileNotFoundError: one of them is not there.
-    """
-    if config.model is not None:
-        head = resolve_checkpoint(config.draft_head) if config.draft_head is not None else None
-        return resolve_checkpoint(config.model), head
-    target = DEFAULT_CHECKPOINT / "target"
-    if not target.is_dir():
-        raise FileNotFoundError(f"model = None: the embedded default is not installed at {target}")
-    head = resolve_checkpoint(config.draft_head) if config.draft_head else DEFAULT_CHECKPOINT / "draft_head"
-    return target, head
-
-=======
->>>>>>> start
 
 def compute_device(config: EngineConfig) -> torch.device:
     """``auto`` is CUDA where there is any.

@@ -24,27 +24,6 @@ from jetflow_cluster.parallel.tp_group import TpGroup
 _DERIVED = ("rotary_emb.inv_freq",)
 
 
-<<<<<<< HEAD
-def resolve_checkpoint(path_or_id: str | Path) -> Path:
-    """A checkpoint's folder; what is no folder is taken as a Hugging Face id and fetched.
-
-    Raises:
-        FileNotFoundError: there is no such folder, and no such model could be fetched.
-    """
-    folder = Path(path_or_id)
-    if folder.is_dir():
-        return folder
-    name = str(path_or_id)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name}: no such folder, and no Hugging Face id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
-    except Exception as error:
-        raise FileNotFoundError(f"{name}: no such folder, and fetching it failed: {error}") from error
-
-
 def load_target(
     folder: Path,
     *,
@@ -53,9 +32,6 @@ def load_target(
     tp: TpGroup,
     rounded_to: torch.dtype | None = None,
 ) -> TargetModel:
-=======
-def load_target(folder: Path, *, dtype: torch.dtype | None, device: torch.device, tp: TpGroup) -> TargetModel:
->>>>>>> start
     """Loads this rank's part of a target.
 
     Args:
