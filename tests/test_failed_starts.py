@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from jetflow_kernels.cpu import cpu_kernels
 from support.faulty_files import write_faulty_files
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +114,8 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_target_dir: Path, tiny_head_dir: Path) -> Path:
+    # A machine has compiled its kernels once.
+    cpu_kernels()
     made = tmp_path_factory.mktemp("faulty")
     write_faulty_files(made, tiny_target_dir, tiny_head_dir)
     return made
