@@ -107,7 +107,12 @@ def _pairs(settings: list[str]) -> dict[str, Any]:
 def _read_file(path: Path) -> dict[str, Any]:
     import yaml
 
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"config = {str(path)!r}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ValueError(f"config = {str(path)!r}: is no YAML") from None
     applications = found.get("applications") if isinstance(found, dict) else None
     if not applications:
         raise ValueError(f"{path}: applications is missing or empty")
