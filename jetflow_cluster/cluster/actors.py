@@ -12,6 +12,7 @@ from jetflow_cluster.cluster.failures import own_place, starting
 from jetflow_cluster.cluster.handshake import Doors, Loaded, Place, Served
 from jetflow_cluster.cluster.observability import observe_process
 from jetflow_cluster.cluster.ray_metrics import RayMetrics
+from jetflow_kernels.machine import Arithmetic
 
 
 class ShardActor:
@@ -39,6 +40,11 @@ class ShardActor:
         """See `TargetShard.serve`."""
         with starting(self._name):
             return self._shard.serve()
+
+    def arithmetic(self) -> Arithmetic:
+        """See `TargetShard.arithmetic`."""
+        with starting(self._name):
+            return self._shard.arithmetic()
 
     def place(self) -> Place:
         """See `own_place`."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from jetflow_cluster.models.hub import checkpoints
 from jetflow_cluster.router.config import RouterConfig
 from jetflow_cluster.router.ports import why_not_free
 from jetflow_cluster.router.safety import is_loopback
+from jetflow_kernels.machine import Arithmetic
 
 if TYPE_CHECKING:
     from jetflow_cluster.router.server import RouterServer
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 #: Seconds for a port to become free, or to be known as another router's of this cluster.
 _PORT_TIMEOUT_S = 10.0
+#: Seconds for the directory to answer a replica that starts.
+_AGREE_TIMEOUT_S = 60.0
 
 
 class EngineReplica:
@@ -46,13 +51,15 @@ class EngineReplica:
     def __init__(self, config: ClusterConfig, directory: DeploymentHandle):
         self._directory = directory
         self._id = _own_id()
+        # Equal configurations are one deployment's; another one's may compute otherwise.
+        self._deployment = hashlib.sha256(repr(config).encode()).hexdigest()
         self._task: asyncio.Task[None] | None = None
         self._actors: ReplicaActors | None = None
         with starting(f"engine replica {self._id}"):
             observe_process(config, {"replica_id": self._id, "process": "engine replica"})
             actors = ReplicaActors(config, self._id, on_lost=self._end)
             try:
-                self._served = actors.start(self._note_phase)
+                self._served = actors.start(self._note_phase, self._agree)
             except BaseException:
                 actors.close()
                 raise
@@ -65,6 +72,13 @@ class EngineReplica:
     def _note_phase(self, phase: str) -> None:
         """Nobody waits for the answer: a directory that is lost holds no start up."""
         self._directory.note_start.remote(self._id, phase)
+
+    def _agree(self, own: Arithmetic) -> Arithmetic:
+        """See `Directory.agree`. Asked in a thread: Serve's event loop is in the constructor."""
+        with ThreadPoolExecutor(1) as thread:
+            asked = thread.submit(lambda: self._directory.agree.remote(self._id, self._deployment, own).result())
+            agreed: Arithmetic = asked.result(_AGREE_TIMEOUT_S)
+        return agreed
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve's autoscaling policy is given; see `cluster.autoscaling`."""
@@ -79,7 +93,8 @@ class EngineReplica:
     def _about(self) -> dict[str, Any]:
         assert self._actors is not None
         pids = {"engine replica": os.getpid()} | self._actors.process_ids
-        return {"pids": pids, "phases": self._served.phases}
+        arithmetic = (self._deployment, self._served.arithmetic)
+        return {"pids": pids, "phases": self._served.phases, "arithmetic": arithmetic}
 
     def _end(self, reason: str) -> None:
         assert self._actors is not None

@@ -7,9 +7,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from jetflow_kernels.machine import Arithmetic
+
 #: Seconds between reports, and after which one who reports no more is forgotten.
 REPORT_S = 0.5
 FORGET_S = 2.0
+#: Seconds for which one that starts may have others compute as it does without having reported.
+START_LIMIT_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,16 @@ class Entry:
     heard_at: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """How a replica computes, or wants to."""
+
+    #: What its configuration and those of the replicas of one deployment have in common.
+    deployment: str
+    arithmetic: Arithmetic
+    claimed_at: float
+
+
 class Directory:
     """The members of one application. Its loss loses nothing: all report again within `REPORT_S`."""
 
@@ -38,14 +52,40 @@ class Directory:
         self._forget_s = forget_s
         self._seen: dict[tuple[str, str], Entry] = {}
         self._starting: dict[str, str] = {}
+        #: By replica, the earliest first.
+        self._claims: dict[str, Claim] = {}
         self._members = Members(version=time.time_ns())
         self._changed = asyncio.Condition()
 
     async def report(self, kind: str, name: str, address: str, about: dict[str, Any] | None = None) -> None:
         """Notes that a ``replica`` or ``router`` is there."""
         self._starting.pop(name, None)
+        if about is not None and name not in self._claims and "arithmetic" in about:
+            # This directory may be younger than the replica.
+            deployment, arithmetic = about["arithmetic"]
+            self._claims[name] = Claim(deployment=deployment, arithmetic=arithmetic, claimed_at=time.monotonic())
         self._seen[kind, name] = Entry(address=address, about=about or {}, heard_at=time.monotonic())
         await self._refresh()
+
+    async def agree(self, name: str, deployment: str, arithmetic: Arithmetic) -> Arithmetic:
+        """How the replicas of a deployment compute: as the first one does of those that are there or start.
+
+        Args:
+            name: of the replica that asks.
+            deployment: equal for replicas of one deployment.
+            arithmetic: what it would compute in by itself.
+        """
+        await self._refresh()
+        now = time.monotonic()
+        self._claims = {
+            other: claim
+            for other, claim in self._claims.items()
+            if ("replica", other) in self._seen or now - claim.claimed_at < START_LIMIT_S
+        }
+        same = [claim.arithmetic for claim in self._claims.values() if claim.deployment == deployment]
+        agreed = same[0] if same else arithmetic
+        self._claims[name] = Claim(deployment=deployment, arithmetic=agreed, claimed_at=now)
+        return agreed
 
     async def note_start(self, name: str, phase: str) -> None:
         """Notes what the start of a replica is at."""
@@ -58,6 +98,7 @@ class Directory:
     async def leave(self, kind: str, name: str) -> None:
         """Forgets one at once."""
         self._seen.pop((kind, name), None)
+        self._claims.pop(name, None)
         await self._refresh()
 
     async def members(self, known_version: int = 0, wait_s: float = 5.0) -> Members:

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import NoReturn
 
+from jetflow_kernels.machine import Arithmetic
+
 _log = logging.getLogger(__name__)
 
 
@@ -37,6 +39,8 @@ class Served:
     address: str
     #: Seconds by phase of the start.
     phases: dict[str, float]
+    #: How all ranks compute.
+    arithmetic: Arithmetic
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from jetflow_cluster.cluster.failures import LostError, StartError, failed_start
 from jetflow_cluster.cluster.handshake import Loaded, Place, Served
 from jetflow_cluster.cluster.placement import Resources, check_fits, replica_shape
 from jetflow_cluster.engine.phases import Phases
+from jetflow_kernels.machine import Arithmetic
 
 _log = logging.getLogger(__name__)
 
@@ -96,11 +97,12 @@ class ReplicaActors:
         """Of every actor that runs, by its name."""
         return {member.name: member.pid for member in [*self._shards, *list(self._workers.values())]}
 
-    def start(self, on_phase: Callable[[str], None]) -> Served:
+    def start(self, on_phase: Callable[[str], None], agree: Callable[[Arithmetic], Arithmetic]) -> Served:
         """Places, loads and warms up; returns what rank 0 serves.
 
         Args:
             on_phase: called with each phase as it begins.
+            agree: from how rank 0 would compute by itself to how all replicas of the deployment do.
 
         Raises:
             StartError: an actor could not start; names it with its node, the cause and its log.
@@ -115,14 +117,11 @@ class ReplicaActors:
         self._group = placement_group(self._shape.bundles, strategy=self._config.placement_strategy)
         self._wait_for_group(self._group)
         begin("processes")
-        shards = {
-            f"shard {rank}": self._make(ShardActor, rank, resources, self._config, rank, self._replica_id)
-            for rank, resources in enumerate(self._shape.shards)
-        }
+        shards = self._make_shards({})
         # Their processes start meanwhile.
         workers = {f"draft worker {index}": self._make_worker(index) for index in range(self._config.num_draft_workers)}
-        self._made = shards | workers
-        self._places = {name: actor.place.remote() for name, actor in self._made.items()}
+        self._note_made(shards | workers)
+        shards = self._agreeing(shards, workers, agree, on_phase)
         first = shards["shard 0"]
         (doors,) = self._results({"shard 0": first.open.remote(self._secret)}, on_phase)
         phases.end()
@@ -216,8 +215,60 @@ class ReplicaActors:
             return Place(node=nodes.get(node_id, "unknown"), pid=0, log=str(Path(own_place().log).parent))
         return found
 
-    def _make(self, kind: type, bundle: int, resources: Resources, *args: Any) -> Any:
+    def _make_shards(self, variables: Mapping[str, str]) -> dict[str, Any]:
+        return {
+            f"shard {rank}": self._make(
+                ShardActor, rank, resources, self._config, rank, self._replica_id, variables=variables
+            )
+            for rank, resources in enumerate(self._shape.shards)
+        }
+
+    def _note_made(self, actors: dict[str, Any]) -> None:
+        self._made = actors
+        self._places = {name: actor.place.remote() for name, actor in actors.items()}
+
+    def _agreeing(
+        self,
+        shards: dict[str, Any],
+        workers: dict[str, Any],
+        agree: Callable[[Arithmetic], Arithmetic],
+        on_phase: Callable[[str], None],
+    ) -> dict[str, Any]:
+        """Shards that compute as all replicas of the deployment do: these, or others in their place.
+
+        Raises:
+            StartError: a shard's node cannot.
+        """
+
+        def asked() -> dict[str, Arithmetic]:
+            answers = self._results({name: shard.arithmetic.remote() for name, shard in shards.items()}, on_phase)
+            return dict(zip(shards, answers, strict=True))
+
+        own = asked()
+        agreed = agree(own["shard 0"])
+        if all(each == agreed for each in own.values()):
+            return shards
+        _log.info("%s: shards start again, to compute in %s", self._replica_id, agreed)
+        for shard in shards.values():
+            ray.kill(shard)
+        shards = self._make_shards(agreed.variables)
+        self._note_made(shards | workers)
+        first = f"the deployment's first replica computes in {agreed}, and streams must be able to go on here"
+        try:
+            found = asked()
+        except StartError as error:
+            raise StartError(f"{error}; {first}") from None
+        for name, other in found.items():
+            if other != agreed:
+                where = f"{name} of replica {self._replica_id} on node {self._place_of(name).node}"
+                raise StartError(f"{where}: computes in {other}; {first}")
+        return shards
+
+    def _make(
+        self, kind: type, bundle: int, resources: Resources, *args: Any, variables: Mapping[str, str] | None = None
+    ) -> Any:
         actor = ray.remote(kind).options(
+            runtime_env={"env_vars": dict(variables)} if variables else None,
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
             max_concurrency=8,

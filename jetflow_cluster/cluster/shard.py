@@ -29,13 +29,14 @@ from jetflow_cluster.engine.frontend import EngineFrontend
 from jetflow_cluster.engine.loading import load_draft_fuser, load_draft_worker, load_follower
 from jetflow_cluster.engine.phases import Phases
 from jetflow_cluster.engine.remote_drafter import RemoteDrafter
+from jetflow_cluster.engine.resolve import arithmetic
 from jetflow_cluster.layers.compute_threads import release_compute_threads
 from jetflow_cluster.metrics import Metrics
 from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
 from jetflow_cluster.rpc.secret import with_secret
-from jetflow_kernels.machine import machine
+from jetflow_kernels.machine import Arithmetic, machine
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +93,10 @@ class TargetShard:
             return self._lead(tp, doors)
         self._follow(tp, doors)
         return None
+
+    def arithmetic(self) -> Arithmetic:
+        """How this rank computes."""
+        return arithmetic(self._config.engine_config())
 
     @property
     def phase(self) -> str:
@@ -208,7 +213,7 @@ class TargetShard:
         gc.collect()
         gc.freeze()
         self._phases.end()
-        return Served(address=address, phases=self._phases.seconds)
+        return Served(address=address, phases=self._phases.seconds, arithmetic=self.arithmetic())
 
     def _wait_for_workers(self, drafter: RemoteDrafter) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S

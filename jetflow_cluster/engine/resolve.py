@@ -8,7 +8,7 @@ from jetflow_cluster.config import EngineConfig
 from jetflow_cluster.models.config import TargetConfig
 from jetflow_cluster.parallel.tp_group import TpGroup
 from jetflow_kernels.cpu import cpu_kernels
-from jetflow_kernels.machine import machine
+from jetflow_kernels.machine import Arithmetic, machine
 
 BF16 = "bfloat16"
 HALF_DTYPES = (BF16, "float16")
@@ -81,6 +81,30 @@ def describe_dtype(config: EngineConfig, device: torch.device) -> str:
     if name in HALF_DTYPES:
         return f"{said}: products have fewer digits than float32's, so where two tokens nearly tie another may win"
     return f"{said}: as asked for"
+
+
+def arithmetic(config: EngineConfig) -> Arithmetic:
+    """How this process would compute.
+
+    Raises:
+        ValueError: ``JETFLOW_CPU_ISA`` names an instruction set that is not here.
+    """
+    device = compute_device(config)
+    computed = compute_dtype(config, device)
+    dtype = "checkpoint's dtype" if computed is None else str(computed).removeprefix("torch.")
+    rounded = weights_dtype(config, device)
+    dtype = dtype if rounded is None else f"{config.dtype} in {dtype}"
+    if device.type == "cuda":
+        return Arithmetic(dtype=dtype, gpu="sm_{}{}".format(*torch.cuda.get_device_capability(device)))
+    here = machine()
+    _ = here.kernel_isa
+    # In float32 oneDNN uses no instructions but those of the level's family.
+    family = here.onednn_level if computed is torch.bfloat16 else _family(here.onednn_level)
+    return Arithmetic(dtype=dtype, kernels=cpu_kernels().isa, onednn=family, aten=here.aten_level)
+
+
+def _family(level: str) -> str:
+    return next((name for name in ("AVX512_CORE", "AVX2") if level.startswith(name)), level)
 
 
 def _on_cpu(name: str) -> str:

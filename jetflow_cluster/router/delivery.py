@@ -34,6 +34,8 @@ class Delivery:
         #: Whether the client was told that the request runs, and how often a replica took over since.
         self.has_begun = False
         self.num_resumes = 0
+        #: How the output so far was computed; empty where there is none, or nobody said.
+        self.arithmetic = message.arithmetic if message.sampling.prior_output_token_ids else ""
         self._sampling = pb.SamplingParams()
         self._sampling.CopyFrom(message.sampling)
         self._sampling.seed = seed

@@ -100,9 +100,14 @@ class Dispatcher:
         """Sends a request to the replica that it belongs to; None when it has to wait.
 
         Raises:
-            StatusError: NOT_FOUND, when no replica serves the model.
+            StatusError: NOT_FOUND, when no replica serves the model; ABORTED, when none computes as the one did that
+                the output so far is from.
         """
         num_tokens = self.num_tokens(delivery)
+        wanted = delivery.arithmetic if delivery.num_output else ""
+        if (other := self.replicas.other_arithmetic(wanted)) is not None:
+            reason = f"no replica can go on with tokens computed in {wanted}: they compute in {other}"
+            raise StatusError.aborted(reason, delivery.num_output)
         link = self.replicas.choose(
             model=model,
             num_tokens=num_tokens,
@@ -110,10 +115,12 @@ class Dispatcher:
             session_id=session_id,
             avoided=avoided,
             is_begun=delivery.has_begun,
+            arithmetic=wanted,
         )
         if link is None:
             return None
         max_model_len = link.card.max_model_len if link.card is not None else 0
+        delivery.arithmetic = wanted or (link.card.arithmetic if link.card is not None else "")
         wire_id = self._ids.new(link.replica_id)
         submit = delivery.submit(wire_id, timeout_s=timeout_s, max_model_len=max_model_len)
         submit.traceparent = traceparent

@@ -91,6 +91,7 @@ class ReplicaSet:
         session_id: str = "",
         avoided: Collection[str] = (),
         is_begun: bool = False,
+        arithmetic: str = "",
     ) -> ReplicaLink | None:
         """The replica that a request is to be sent to now; None when it has to wait.
 
@@ -101,6 +102,7 @@ class ReplicaSet:
             session_id: requests with the same one prefer one replica.
             avoided: replicas that are taken only if there is no other.
             is_begun: the request ran before, and need not wait for room.
+            arithmetic: what the replica has to compute in; empty is any.
 
         Raises:
             StatusError: NOT_FOUND, when no replica serves the model.
@@ -109,6 +111,8 @@ class ReplicaSet:
         links = {k: v for k, v in self._links.items() if v.can_serve and self._has_room(v, num_tokens, is_begun)}
         if model:
             links = {k: v for k, v in links.items() if v.card is not None and v.card.model == model}
+        if arithmetic:
+            links = {k: v for k, v in links.items() if v.card is not None and v.card.arithmetic == arithmetic}
         cached = self.prefixes.match(page_keys, links) if len(links) > 1 and page_keys else {}
         candidates = [
             Candidate(replica_id=k, outstanding_tokens=v.outstanding_tokens, cached_tokens=cached.get(k, 0))
@@ -123,6 +127,13 @@ class ReplicaSet:
         served = {link.card.model for link in self._links.values() if link.card is not None}
         if model and served and model not in served:
             raise StatusError.not_found(f"model {shorten(model)} is not served")
+
+    def other_arithmetic(self, wanted: str) -> str | None:
+        """What replicas compute in where it is known of all and none computes as wanted; None otherwise."""
+        known = [link.card.arithmetic for link in self._links.values() if link.card is not None]
+        if not wanted or not known or len(known) < len(self._links) or wanted in known:
+            return None
+        return " or ".join(sorted(set(known)))
 
     def abort_everywhere(self, request_id: str) -> None:
         """Has every replica end the request, whichever router sent it."""

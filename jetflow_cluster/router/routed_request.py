@@ -8,6 +8,8 @@ import logging
 import time
 from collections.abc import Mapping
 
+import grpc
+
 from jetflow_cluster.cache.prefix_cache import PageKeys
 from jetflow_cluster.router.admission import Waiter
 from jetflow_cluster.router.attempts import Attempts
@@ -237,7 +239,8 @@ class RoutedRequest:
             return await self._wait(waiter)
         except StatusError as error:
             # What the caller decided stays; what replicas lack ends a stream that has begun in another way.
-            raise error if error is self._ended else self._failure() from None
+            is_said = error is self._ended or error.code is grpc.StatusCode.ABORTED
+            raise error if is_said else self._failure() from None
 
     def _failure(self) -> StatusError:
         return self._attempts.failure(self._delivery.num_delivered, self._delivery.num_output)
@@ -254,6 +257,7 @@ class RoutedRequest:
             seed=self._delivery.seed,
             prompt_token_ids=self._delivery.prompt_token_ids,
             echo_prompt=self._echo_prompt,
+            arithmetic=self._delivery.arithmetic,
         )
         await self._emit(pb.GenerateEvent(started=started))
 

@@ -129,6 +129,7 @@ def started_to_proto(
     seed: int,
     prompt_token_ids: Sequence[int],
     echo_prompt: bool = False,
+    arithmetic: str = "",
 ) -> pb.Started:
     """The first event of a stream.
 
@@ -139,6 +140,7 @@ def started_to_proto(
         seed: of the noise; the request's own or the one that was drawn.
         prompt_token_ids: what the input was encoded to.
         echo_prompt: whether the client is told these, because it sent something else.
+        arithmetic: what the output is computed in.
     """
     return pb.Started(
         request_id=request_id,
@@ -147,6 +149,7 @@ def started_to_proto(
         seed=seed,
         prompt_tokens=len(prompt_token_ids),
         prompt_token_ids=prompt_token_ids if echo_prompt else (),
+        arithmetic=arithmetic,
     )
 
 

@@ -121,6 +121,7 @@ class Generation:
             message.request_id = message.request_id[: MAX_ID_CHARS - len(suffix)] + suffix
         if self.started is not None:
             message.sampling.seed = self.started.seed
+            message.arithmetic = self.started.arithmetic
         known = self._token_ids
         if len(known) >= message.sampling.max_tokens and len(known) > len(self._prior):
             # All tokens came, but not how they ended: the last one is asked for again, and the end comes with it.

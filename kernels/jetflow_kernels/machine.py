@@ -134,6 +134,32 @@ class Machine:
         return bool(self.onednn_level) and dtype in ("float32", "bfloat16") and self.computes_in(dtype) == dtype
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """What the bits of a result depend on besides weights and inputs. Replicas with equal ones give equal tokens."""
+
+    #: Of the weights, and that they are computed with in: ``float32``, or ``bfloat16 in float32``.
+    dtype: str
+    #: A GPU's compute capability; empty is a CPU.
+    gpu: str = ""
+    #: Instruction sets on a CPU: of the compiled kernels (empty without), of oneDNN, of torch's own operations.
+    kernels: str = ""
+    onednn: str = ""
+    aten: str = ""
+
+    def __str__(self) -> str:
+        if self.gpu:
+            return f"{self.dtype} on {self.gpu}"
+        return f"{self.dtype}, kernels {self.kernels or 'none'}, oneDNN {self.onednn or 'none'}, torch {self.aten}"
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment in which a CPU that is able to computes so."""
+        kernels = {"JETFLOW_CPU_ISA": self.kernels} if self.kernels else {"JETFLOW_CPU_KERNELS": "0"}
+        onednn = {"ONEDNN_MAX_CPU_ISA": self.onednn} if self.onednn else {}
+        return {} if self.gpu else kernels | onednn | {"ATEN_CPU_CAPABILITY": self.aten}
+
+
 @cache
 def machine() -> Machine:
     """This one. Files of the system are read by the first call; environment variables when they matter."""

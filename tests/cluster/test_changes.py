@@ -12,8 +12,6 @@ import pytest
 from openai import OpenAI
 from ray import serve
 from ray.cluster_utils import Cluster
-from ray.serve.context import _get_global_client
-from ray.serve.schema import ServeDeploySchema
 
 from jetflow_cluster.cluster.app import build_app
 from jetflow_cluster.rpc.client import JetFlowClient
@@ -22,6 +20,7 @@ from support.served import (
     PROMPTS,
     Load,
     Stream,
+    deploy_file,
     local_nodes,
     local_tokens,
     overview,
@@ -52,21 +51,6 @@ def deploy(checkpoints: tuple[str, str], **config: Any) -> list[str]:
     given = settings(checkpoints, **{"drain_timeout_s": 20.0} | config)
     serve.run(build_app(given), name=APP, route_prefix=None)
     return ready(config["num_replicas"], config.get("num_routers", 1))
-
-
-def deploy_file(checkpoints: tuple[str, str], num_replicas: int, **config: Any) -> None:
-    """As ``serve deploy`` does with a file that says how many replicas there are beside the application's arguments."""
-    application = {
-        "name": APP,
-        "route_prefix": None,
-        "import_path": "jetflow_cluster.cluster.app:build_app",
-        "args": settings(checkpoints, **config),
-        "deployments": [{"name": "EngineReplica", "num_replicas": num_replicas}],
-    }
-    schema = ServeDeploySchema.model_validate({"proxy_location": "Disabled", "applications": [application]})
-    client = _get_global_client()
-    assert client is not None
-    client.deploy_apps(schema)
 
 
 def ready(num_replicas: int, num_routers: int = 1) -> list[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 
+import grpc
 import pytest
 
-from support.toy_cluster import PROMPT, Seen, cluster, request, run, stream, until
-from support.toy_replica import Fault, ToyReplica
+from support.toy_cluster import PROMPT, Seen, cluster, failure, request, run, stream, until
+from support.toy_replica import Fault, ToyReplica, toy_tokens
 
 SLOW = {"step_s": 0.01}
+ARITHMETICS = ("float32", "bfloat16")
 
 
 def healthy(made: object) -> set[str]:
@@ -233,5 +235,51 @@ def test_load_of_others_counts() -> None:
                 seen = await stream(made.stub, request(seed=seed))
                 assert seen.started is not None and seen.started.replica_id == "replica-1"
             made.replicas[0].outstanding_tokens = 0
+
+    run(test)
+
+
+@pytest.mark.parametrize("after", [0, 4], ids=["before a token", "after tokens"])
+def test_a_stream_goes_on_only_where_it_is_computed_alike(after: int) -> None:
+    """Both replicas break; what has tokens is not given to the one that computes otherwise."""
+
+    async def test() -> None:
+        async with cluster(replica=SLOW, arithmetics=ARITHMETICS) as made:
+            message = request(30, seed=7)
+            for replica in made.replicas:
+                replica.faults.append(Fault("break", after))
+            if not after:
+                seen = await stream(made.stub, message)
+                seen.check(message)
+                assert seen.started is not None and seen.started.arithmetic in ARITHMETICS
+                return
+            call = asyncio.create_task(stream(made.stub, message))
+            await until(lambda: made.num_submits)
+            first = next(replica for replica in made.replicas if replica.submits)
+            # Gone for good: the other one is all that is known.
+            await until(lambda: not healthy(made) >= {first.replica_id})
+            made.tell([replica for replica in made.replicas if replica is not first])
+            error = await failure(call)
+            assert error.code is grpc.StatusCode.ABORTED and error.last_offset is not None and error.last_offset >= 3
+            other = next(replica for replica in made.replicas if replica is not first)
+            assert f"tokens computed in {first.arithmetic}: they compute in {other.arithmetic}" in str(error)
+            assert not other.submits
+
+    run(test)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_prior_tokens_are_taken_by_a_replica_that_computes_alike(arithmetic: str) -> None:
+    async def test() -> None:
+        async with cluster(arithmetics=ARITHMETICS) as made:
+            prior = toy_tokens(PROMPT, 7, 6)
+            message = request(20, seed=7, prior_output_token_ids=prior, arithmetic=arithmetic)
+            for _ in range(3):
+                (await stream(made.stub, message)).check(message)
+            took = [replica.arithmetic for replica in made.replicas if replica.submits]
+            assert took == [arithmetic]
+            message.arithmetic = "float64"
+            error = await failure(stream(made.stub, message))
+            assert (error.code, error.last_offset) == (grpc.StatusCode.ABORTED, 6)
 
     run(test)

@@ -15,6 +15,8 @@ import pytest
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
 from jetflow_cluster.cluster.launch import RAY_ENVIRONMENT
@@ -56,18 +58,22 @@ def settings(checkpoints: tuple[str, str], **config: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def local_nodes(num_cpus: Sequence[int], addresses: Sequence[str | None]) -> Iterator[Cluster]:
+def local_nodes(
+    num_cpus: Sequence[int], addresses: Sequence[str | None], *, head_variables: dict[str, str] | None = None
+) -> Iterator[Cluster]:
     """Nodes of this machine, the head first, with Serve on them.
 
     Args:
         num_cpus: of each node, as Ray counts them.
         addresses: of each node but the head; None is the machine's own.
+        head_variables: environment of the head's processes.
     """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in RAY_ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", PATHS)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus[0], "include_dashboard": False})
+        head = {"num_cpus": num_cpus[0], "include_dashboard": False, "env_vars": head_variables or {}}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         for count, address in zip(num_cpus[1:], addresses, strict=True):
             cluster.add_node(num_cpus=count, **({} if address is None else {"node_ip_address": address}))
         ray.init(address=cluster.address, configure_logging=False, runtime_env={"env_vars": {"PYTHONPATH": PATHS}})
@@ -78,6 +84,21 @@ def local_nodes(num_cpus: Sequence[int], addresses: Sequence[str | None]) -> Ite
             serve.shutdown()
             ray.shutdown()
             cluster.shutdown()
+
+
+def deploy_file(checkpoints: tuple[str, str], num_replicas: int, **config: Any) -> None:
+    """As ``serve deploy`` does with a file that says how many replicas there are beside the application's arguments."""
+    application = {
+        "name": APP,
+        "route_prefix": None,
+        "import_path": "jetflow_cluster.cluster.app:build_app",
+        "args": settings(checkpoints, **config),
+        "deployments": [{"name": "EngineReplica", "num_replicas": num_replicas}],
+    }
+    schema = ServeDeploySchema.model_validate({"proxy_location": "Disabled", "applications": [application]})
+    client = _get_global_client()
+    assert client is not None
+    client.deploy_apps(schema)
 
 
 def overview() -> Overview:

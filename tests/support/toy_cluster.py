@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,10 +97,17 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster(
-    num_replicas: int = 2, num_routers: int = 1, *, replica: dict[str, Any] | None = None, **config: Any
+    num_replicas: int = 2,
+    num_routers: int = 1,
+    *,
+    replica: dict[str, Any] | None = None,
+    arithmetics: Sequence[str] = (),
+    **config: Any,
 ) -> AsyncIterator[Cluster]:
-    """A cluster that is up."""
+    """A cluster that is up. `arithmetics` are what the cards of the first replicas say."""
     replicas = [await ToyReplica(f"replica-{i}", **(replica or {})).start() for i in range(num_replicas)]
+    for each, arithmetic in zip(replicas, arithmetics, strict=False):
+        each.arithmetic = arithmetic
     made = Cluster(replicas)
     try:
         for index in range(num_routers):
@@ -125,7 +132,11 @@ async def cluster(
 
 def request(max_tokens: int = 24, seed: int | None = 7, **options: Any) -> pb.GenerateRequest:
     """A request; options of the sampling parameters, or of the request itself."""
-    outer = {key: options.pop(key) for key in ("request_id", "session_id", "model", "timeout_ms") if key in options}
+    outer = {
+        key: options.pop(key)
+        for key in ("request_id", "session_id", "model", "timeout_ms", "arithmetic")
+        if key in options
+    }
     sampling = pb.SamplingParams(max_tokens=max_tokens, seed=seed, **options)
     return pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT), sampling=sampling, **outer)
 

@@ -97,6 +97,8 @@ class ToyReplica:
     healthy: bool = True
     draining: bool = False
     model: str = MODEL
+    #: What its card says that it computes in.
+    arithmetic: str = "float32"
     #: For the next requests, in order.
     faults: deque[Fault | None] = field(default_factory=deque)
     submits: list[rpb.Submit] = field(default_factory=list)
@@ -148,7 +150,13 @@ class ToyReplica:
         return pb.TokenizeResponse(token_ids=tokenizer().encode(text).ids)
 
     async def Describe(self, request: pb.GetModelCardRequest, context: Any) -> pb.ModelCard:
-        return pb.ModelCard(model=self.model, vocab_size=256, max_model_len=MAX_MODEL_LEN, has_chat_template=True)
+        return pb.ModelCard(
+            model=self.model,
+            vocab_size=256,
+            max_model_len=MAX_MODEL_LEN,
+            has_chat_template=True,
+            arithmetic=self.arithmetic,
+        )
 
     def load(self) -> pb.ReplicaLoad:
         """As heartbeats tell it."""

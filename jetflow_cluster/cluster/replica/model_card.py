@@ -7,6 +7,7 @@ from pathlib import Path
 from jetflow_cluster import __version__
 from jetflow_cluster.cluster.replica.config import ReplicaServerConfig
 from jetflow_cluster.engine.frontend import EngineFrontend
+from jetflow_cluster.engine.resolve import arithmetic
 from jetflow_cluster.models.stored_files import read_json
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 
@@ -32,6 +33,7 @@ def model_card(config: ReplicaServerConfig, frontend: EngineFrontend) -> pb.Mode
         max_tree_nodes=1 if drafter is None else min(_MAX_TREE_NODES, frontend.config.max_num_batched_tokens),
         max_depth=engine.scheduler.max_draft_depth,
         version=__version__,
+        arithmetic=str(arithmetic(frontend.config)),
     )
 
 
