@@ -117,8 +117,10 @@ def test_it_works_in_another_folder(
     found = subprocess.run([installed.python, "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert found.stdout.count(str(installed.python.parents[1])) == 2, found.stdout + found.stderr
     alone = json.loads(output_of("generate", PROMPT, "--max-tokens", "16", "--json"))["text"]
-    assert "identical" in output_of("demo", "--num-prompts", "1", "--max-tokens", "16", "--output", "a demo")
-    assert (tmp_path / "a demo" / "results.json").exists()
+    assert "identical" in output_of(
+        "demo", "--part", "speed", "--num-prompts", "1", "--max-tokens", "16", "--output", "a demo"
+    )
+    assert list((tmp_path / "a demo").rglob("results.json"))
     ports = {"grpc_port": free_port(), "http_port": free_port()}
     command = installed.jetflow(["serve", *(f"{name}={port}" for name, port in ports.items())], limited)
     with (tmp_path / "errors").open("w") as errors:
