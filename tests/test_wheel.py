@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "def f(x):"
+SHORT = ("--max-tokens", "16", "--json")
 LIMIT_BYTES = 4 * 2**30
 
 
@@ -104,42 +105,59 @@ def test_the_wheel_has_all_files_of_the_package(installed: Installed) -> None:
     assert wanted - packed == set() and {name for name in packed - wanted if ".dist-info/" not in name} == set()
 
 
-def test_it_works_in_another_folder(
-    installed: Installed, variables: dict[str, str], limited: list[str], tmp_path: Path
-) -> None:
-    def output_of(*arguments: str) -> str:
-        command = installed.jetflow(arguments, limited)
-        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300)
+@dataclass(frozen=True)
+class User:
+    """Who calls the installed command, from where, and within which limits."""
+
+    installed: Installed
+    variables: dict[str, str]
+    cwd: Path
+    prefix: Sequence[str] = ()
+
+    def output_of(self, *arguments: str) -> str:
+        command = self.installed.jetflow(arguments, self.prefix)
+        done = subprocess.run(command, cwd=self.cwd, env=self.variables, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    code = "import jetflow_cluster, jetflow_kernels; print(jetflow_cluster.__file__, jetflow_kernels.__file__)"
-    found = subprocess.run([installed.python, "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True)
-    assert found.stdout.count(str(installed.python.parents[1])) == 2, found.stdout + found.stderr
-    alone = json.loads(output_of("generate", PROMPT, "--max-tokens", "16", "--json"))["text"]
-    assert "identical" in output_of(
-        "demo", "--part", "speed", "--num-prompts", "1", "--max-tokens", "16", "--output", "a demo"
-    )
-    assert list((tmp_path / "a demo").rglob("results.json"))
-    ports = {"grpc_port": free_port(), "http_port": free_port()}
-    command = installed.jetflow(["serve", *(f"{name}={port}" for name, port in ports.items())], limited)
-    with (tmp_path / "errors").open("w") as errors:
-        server = subprocess.Popen(
-            command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
+    def served(self) -> tuple[str, str]:
+        """What a server answers over gRPC and over HTTP, which then ends."""
+        ports = {"grpc_port": free_port(), "http_port": free_port()}
+        command = self.installed.jetflow(["serve", *(f"{n}={port}" for n, port in ports.items())], self.prefix)
+        log = self.cwd / "errors"
+        with log.open("w") as errors:
+            server = subprocess.Popen(
+                command, cwd=self.cwd, env=self.variables, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
         try:
             assert server.stdout is not None
-            is_ready = select.select([server.stdout], [], [], 240)[0] and server.stdout.readline()
-            assert is_ready, (tmp_path / "errors").read_text()
-            address = f"localhost:{ports['grpc_port']}"
-            over_grpc = output_of("generate", PROMPT, "--max-tokens", "16", "--json", "--server", address)
+            assert select.select([server.stdout], [], [], 240)[0] and server.stdout.readline(), log.read_text()
+            over_grpc = self.output_of("generate", PROMPT, *SHORT, "--server", f"localhost:{ports['grpc_port']}")
             body = json.dumps({"model": "default", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}).encode()
-            request = urllib.request.Request(
-                f"http://localhost:{ports['http_port']}/v1/completions", body, {"content-type": "application/json"}
-            )
+            url = f"http://localhost:{ports['http_port']}/v1/completions"
+            request = urllib.request.Request(url, body, {"content-type": "application/json"})
             with urllib.request.urlopen(request, timeout=60) as answer:
-                over_http = json.load(answer)["choices"][0]["text"]
-            assert json.loads(over_grpc)["text"] == over_http == alone != ""
+                return json.loads(over_grpc)["text"], json.load(answer)["choices"][0]["text"]
         finally:
             server.send_signal(signal.SIGINT)
             assert server.wait(timeout=60) == 0
+
+
+def test_it_works_in_another_folder(
+    installed: Installed, variables: dict[str, str], limited: list[str], tmp_path: Path
+) -> None:
+    code = "import jetflow_cluster, jetflow_kernels; print(jetflow_cluster.__file__, jetflow_kernels.__file__)"
+    found = subprocess.run([installed.python, "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert found.stdout.count(str(installed.python.parents[1])) == 2, found.stdout + found.stderr
+    user = User(installed, variables, tmp_path, limited)
+    alone = json.loads(user.output_of("generate", PROMPT, *SHORT))["text"]
+    demo = ("--part", "speed", "--num-prompts", "1", "--max-tokens", "16", "--output", "a demo")
+    assert "identical" in user.output_of("demo", *demo)
+    assert list((tmp_path / "a demo").rglob("results.json"))
+    assert user.served() == (alone, alone) and alone != ""
+
+
+def test_who_cannot_write_at_home_can_serve(installed: Installed, variables: dict[str, str], tmp_path: Path) -> None:
+    # Neither root nor anybody else makes folders here.
+    served = User(installed, variables | {"HOME": "/sys/kernel"}, tmp_path).served()
+    assert len(set(served)) == 1 and "" not in served

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -70,6 +72,7 @@ def connect(
         return
     bundles = replica_shape(config, cluster_has_gpus=False).bundles
     os.environ.update(RAY_ENVIRONMENT)
+    _keep_token()
     _compile_meanwhile()
     wanted = (config.max_replicas or config.num_replicas) * sum(bundle["CPU"] for bundle in bundles)
     claimed = claim(metrics_port) if metrics_port is not None else None
@@ -88,6 +91,21 @@ def connect(
     except Exception as error:
         # Ray has no class for a node that does not start.
         raise RuntimeError(f"Ray could not be started: {error}") from error
+
+
+def _keep_token() -> None:
+    """Ray keeps a cluster's token in the home folder. Where that cannot be written, this process and its children have
+    one in their environment, and other commands of Ray cannot join the cluster."""
+    if any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(parents=True, exist_ok=True)
+        is_kept = (folder / "auth_token").exists() or os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):
+        is_kept = False
+    if not is_kept:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _compile_meanwhile() -> None:
