@@ -144,6 +144,11 @@ def test_two_users_serve_at_the_same_time(image: Image, tmp_path: Path) -> None:
     with running(image, tmp_path / "log", "sleep", "infinity") as container:
         for name in ports:
             output_of(container, "/usr/sbin/useradd", "--create-home", name, user="root")
+        # As somebody else's `ray start` leaves it behind.
+        shared = image.root / "tmp" / "ray"
+        shared.mkdir(exist_ok=True)
+        shared.chmod(0o777)
+        (shared / "ray_current_cluster").write_text("127.0.0.1:6399")
         logs = {name: tmp_path / name for name in ports}
         for name, port in ports.items():
             settings = (f"grpc_port={port}", f"http_port={port + 1}", "num_pages=512", "num_threads_per_actor=1")

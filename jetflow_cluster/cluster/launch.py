@@ -80,6 +80,8 @@ def connect(
         _claims.append(claimed)
     try:
         ray.init(
+            # Without it Ray joins whatever somebody started on this machine with `ray start`.
+            address="local",
             num_cpus=max(machine().num_cores, math.ceil(wanted)),
             include_dashboard=False,
             configure_logging=False,
