@@ -35,6 +35,7 @@ class Environment:
     token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "cache_dir", _expanded(self.cache_dir))
         if self.log_level not in _LOG_LEVELS:
             raise ValueError(f"JETFLOW_LOG_LEVEL = {self.log_level!r}: must be one of {', '.join(_LOG_LEVELS)}")
         if self.num_threads is not None and self.num_threads < 1:
@@ -76,3 +77,11 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         cpu_isa=cpu_isa,
         token=ours.get("JETFLOW_TOKEN") or None,
     )
+
+
+def _expanded(folder: Path) -> Path:
+    """With the home folder for ``~``; nothing can be kept in what stands for the home of a user who has none."""
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        return Path(os.devnull, *folder.parts[1:])

@@ -12,7 +12,6 @@ import re
 import select
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from jetflow_cluster.bench.prompts import DEFAULT_CHECKPOINT
 from jetflow_cluster.cli import app
 from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.metrics import CATALOGUE
+from support.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("one-machine", "ray-cluster", "kubernetes", "tuning", "training")
@@ -135,12 +135,6 @@ def test_training_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         result = CliRunner().invoke(app, [name, *rest, *small[name]], catch_exceptions=False)
         assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "head" / "draft_head" / "model.safetensors").exists()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -47,3 +47,11 @@ def test_a_misspelt_token_is_not_shown() -> None:
     with pytest.raises(ValueError, match="JETFLOW_TOKN: no such variable") as raised:
         read_environment({"JETFLOW_TOKN": "secret"})
     assert "secret" not in str(raised.value)
+
+
+def test_who_has_no_home_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)
+    folder = read_environment({}).cache_dir
+    with pytest.raises(OSError, match="Not a directory"):
+        folder.mkdir(parents=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -69,22 +72,28 @@ def test_a_step_that_cannot_be_done_is_named(tmp_path: Path, steps: str, message
 
 
 @pytest.fixture(scope="module")
-def container() -> Iterator[Container]:
-    """The image, built and running."""
+def image() -> Iterator[Image]:
+    """Built."""
     missing = [name for name in NEEDED if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
         pytest.skip(f"needs root and {', '.join(NEEDED)}; missing: {', '.join(missing) or 'root'}")
     folder = Path(tempfile.mkdtemp(prefix="jetflow-image-"))
+    folder.chmod(0o755)
     try:
-        image = Image(root=folder / "root", context=ROOT)
-        image.build(ROOT / "deploy" / "Dockerfile")
-        running = image.start(folder / "log")
-        try:
-            yield running
-        finally:
-            running.kill()
+        built = Image(root=folder / "root", context=ROOT)
+        built.build(ROOT / "deploy" / "Dockerfile")
+        yield built
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def running(image: Image, log: Path, *command: str) -> Iterator[Container]:
+    container = image.start(log, *command)
+    try:
+        yield container
+    finally:
+        container.kill()
 
 
 def wait(what: Callable[[], bool], limit_s: float, container: Container) -> None:
@@ -94,37 +103,72 @@ def wait(what: Callable[[], bool], limit_s: float, container: Container) -> None
         time.sleep(0.5)
 
 
+def output_of(container: Container, *command: str, user: str | None = None) -> str:
+    done = container.execute(*command, user=user)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}{container.log.read_text()}"
+    return done.stdout
+
+
 @pytest.mark.slow
-def test_the_image_serves_as_its_user(container: Container) -> None:
-    def answers(*command: str) -> bool:
-        return container.execute(*command).returncode == 0
+def test_the_image_serves_as_its_user(image: Image, tmp_path: Path) -> None:
+    with running(image, tmp_path / "log") as container:
 
-    def output_of(*command: str) -> str:
-        done = container.execute(*command)
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}{container.log.read_text()}"
-        return done.stdout
+        def answers(*command: str) -> bool:
+            return container.execute(*command).returncode == 0
 
-    wait(lambda: answers("ray", "health-check"), 120, container)
-    assert output_of("id", "--user", "--name").strip() == "ray" != "root"
-    output_of("serve", "deploy", "deploy/serve.yaml")
-    # What the probe of deploy/kuberay asks.
-    wait(lambda: answers("wget", "-qO-", "http://localhost:8000/health"), 240, container)
-    over_grpc = json.loads(output_of("jetflow", "generate", PROMPT, "--server", "localhost:9000", "--json"))
-    asked = json.dumps({"model": "default", "prompt": PROMPT, "max_tokens": 128, "temperature": 0})
-    header = "--header=content-type: application/json"
-    over_http = json.loads(
-        output_of("wget", "-qO-", header, f"--post-data={asked}", "http://localhost:8000/v1/completions")
-    )
-    alone = json.loads(output_of("jetflow", "generate", PROMPT, "--json", "--speculation", "off"))
-    assert over_grpc["text"] == over_http["choices"][0]["text"] == alone["text"] != ""
-    # KubeRay's own probes, by the programs that it expects in an image.
-    raylet, head = "localhost:52365/api/local_raylet_healthz", "localhost:8265/api/gcs_healthz"
-    for address in (raylet, head):
-        output_of("bash", "-c", f"wget --tries 1 -T 10 -q -O- http://{address} | grep success")
-    assert "ray_" in output_of("wget", "-qO-", "http://localhost:8080/metrics")
-    # A compiler is there, and a home to keep what it made.
-    assert output_of("sh", "-c", "ls ~/.cache/jetflow/kernels/*.so")
-    # No second copy of the package hides the one that is installed.
-    assert output_of("python", "-c", "import jetflow_cluster; print(jetflow_cluster.__file__)").startswith(
-        "/usr/local/"
-    )
+        wait(lambda: answers("ray", "health-check"), 120, container)
+        assert output_of(container, "id", "--user", "--name").strip() == "ray"
+        output_of(container, "serve", "deploy", "deploy/serve.yaml")
+        # What the probe of deploy/kuberay asks.
+        wait(lambda: answers("wget", "-qO-", "http://localhost:8000/health"), 240, container)
+        served = output_of(container, "jetflow", "generate", PROMPT, "--server", "localhost:9000", "--json")
+        asked = json.dumps({"model": "default", "prompt": PROMPT, "max_tokens": 128, "temperature": 0})
+        post = ("wget", "-qO-", "--header=content-type: application/json", f"--post-data={asked}")
+        over_http = json.loads(output_of(container, *post, "http://localhost:8000/v1/completions"))
+        alone = json.loads(output_of(container, "jetflow", "generate", PROMPT, "--json", "--speculation", "off"))
+        assert json.loads(served)["text"] == over_http["choices"][0]["text"] == alone["text"] != ""
+        # KubeRay's own probes, by the programs that it expects in an image.
+        for address in ("localhost:52365/api/local_raylet_healthz", "localhost:8265/api/gcs_healthz"):
+            output_of(container, "bash", "-c", f"wget --tries 1 -T 10 -q -O- http://{address} | grep success")
+        assert "ray_" in output_of(container, "wget", "-qO-", "http://localhost:8080/metrics")
+        # A compiler is there, and a home to keep what it made; results go to the folder that commands start in.
+        assert output_of(container, "sh", "-c", "ls ~/.cache/jetflow/kernels/*.so && touch result")
+        # No second copy of the package hides the one that is installed.
+        where = output_of(container, "python", "-c", "import jetflow_cluster; print(jetflow_cluster.__file__)")
+        assert where.startswith("/usr/local/")
+
+
+@pytest.mark.slow
+def test_two_users_serve_at_the_same_time(image: Image, tmp_path: Path) -> None:
+    ports = {"anne": 9100, "bert": 9200}
+    with running(image, tmp_path / "log", "sleep", "infinity") as container:
+        for name in ports:
+            output_of(container, "/usr/sbin/useradd", "--create-home", name, user="root")
+        # As somebody else's `ray start` leaves it behind.
+        shared = image.root / "tmp" / "ray"
+        shared.mkdir(exist_ok=True)
+        shared.chmod(0o777)
+        (shared / "ray_current_cluster").write_text("127.0.0.1:6399")
+        logs = {name: tmp_path / name for name in ports}
+        for name, port in ports.items():
+            settings = (f"grpc_port={port}", f"http_port={port + 1}", "num_pages=512", "num_threads_per_actor=1")
+            with logs[name].open("wb") as log:
+                call = container.inside(["jetflow", "serve", *settings], name)
+                subprocess.Popen(call, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+
+        def both_serve() -> bool:
+            texts = {name: log.read_text() for name, log in logs.items()}
+            assert not [text for text in texts.values() if "error:" in text or "Traceback" in text], texts
+            return all("serving at" in text for text in texts.values())
+
+        wait(both_serve, 240, container)
+        texts = set()
+        for name, port in ports.items():
+            served = output_of(
+                container, "jetflow", "generate", PROMPT, "--server", f"localhost:{port}", "--json", user=name
+            )
+            alone = output_of(container, "jetflow", "generate", PROMPT, "--json", "--speculation", "off", user=name)
+            texts |= {json.loads(served)["text"], json.loads(alone)["text"]}
+        assert len(texts) == 1 and "" not in texts
+        # Each has its own place for metrics.
+        assert len({re.findall(r"metrics: (\S+)", log.read_text())[0] for log in logs.values()}) == len(ports)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,7 +21,7 @@ from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.failures import LostError, read_failure
 from jetflow_cluster.cluster.placement import replica_shape
 from jetflow_cluster.env import read_environment
-from jetflow_cluster.router.ports import is_free
+from jetflow_cluster.router.ports import claim
 from jetflow_cluster.rpc import GRPC_ENVIRONMENT
 from jetflow_kernels.machine import machine
 
@@ -42,6 +45,8 @@ _LOOK_S = 0.1
 _MAX_TRACE_CALLS = 50
 #: Seconds for a process that starts to answer.
 _ANSWER_S = 2.0
+#: Ports that processes of this cluster listen on; claimed until it is shut down.
+_claims: list[socket.socket] = []
 
 
 def connect(
@@ -57,6 +62,9 @@ def connect(
         config: of what is to be deployed.
         log_to_driver: whether its processes' logs are shown here.
         metrics_port: where a cluster that is started exports its metrics, if that port is free; else it takes another.
+
+    Raises:
+        RuntimeError: Ray could not be started.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address is not None:
@@ -64,22 +72,49 @@ def connect(
         return
     bundles = replica_shape(config, cluster_has_gpus=False).bundles
     os.environ.update(RAY_ENVIRONMENT)
+    _keep_token()
     _compile_meanwhile()
     wanted = (config.max_replicas or config.num_replicas) * sum(bundle["CPU"] for bundle in bundles)
-    ray.init(
-        num_cpus=max(machine().num_cores, math.ceil(wanted)),
-        include_dashboard=False,
-        configure_logging=False,
-        log_to_driver=log_to_driver,
-        _metrics_export_port=metrics_port if metrics_port is not None and is_free("0.0.0.0", metrics_port) else None,
-    )
+    claimed = claim(metrics_port) if metrics_port is not None else None
+    if claimed is not None:
+        _claims.append(claimed)
+    try:
+        ray.init(
+            # Without it Ray joins whatever somebody started on this machine with `ray start`.
+            address="local",
+            num_cpus=max(machine().num_cores, math.ceil(wanted)),
+            include_dashboard=False,
+            configure_logging=False,
+            log_to_driver=log_to_driver,
+            _metrics_export_port=metrics_port if claimed is not None else None,
+        )
+    except (ValueError, OSError, RuntimeError):
+        raise
+    except Exception as error:
+        # Ray has no class for a node that does not start.
+        raise RuntimeError(f"Ray could not be started: {error}") from error
+
+
+def _keep_token() -> None:
+    """Ray keeps a cluster's token in the home folder. Where that cannot be written, this process and its children have
+    one in their environment, and other commands of Ray cannot join the cluster."""
+    if any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(parents=True, exist_ok=True)
+        is_kept = (folder / "auth_token").exists() or os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):
+        is_kept = False
+    if not is_kept:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _compile_meanwhile() -> None:
     """On a machine that has compiled no kernels yet, has them compiled while Ray starts. Shards wait for what is being
     compiled, and compile what is missing."""
     environment = read_environment()
-    if environment.cpu_kernels and not any((environment.cache_dir.expanduser() / "kernels").glob("*.so")):
+    if environment.cpu_kernels and not any((environment.cache_dir / "kernels").glob("*.so")):
         command = [sys.executable, "-c", "from jetflow_kernels.cpu import cpu_kernels; cpu_kernels()"]
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -187,3 +222,5 @@ def shut_down(*, has_served: bool = True) -> None:
 def leave() -> None:
     """Leaves Ray, and ends what `connect` started."""
     ray.shutdown()
+    while _claims:
+        _claims.pop().close()

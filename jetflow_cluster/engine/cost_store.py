@@ -62,7 +62,7 @@ class CostStore:
         name = re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).strip("-").lower()
         kernels = cpu_kernels().name if device.type == "cpu" else ""
         depends = f"{_VERSION} {torch.__version__} {kernels} {described!r}"
-        folder = folder or read_environment().cache_dir.expanduser() / "costs"
+        folder = folder or read_environment().cache_dir / "costs"
         self.path = folder / f"{name}-{_digest(depends)}-tp{tensor_parallel_size}.json"
         self._gains_path: Path | None = None
         if weights is not None:

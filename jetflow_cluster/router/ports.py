@@ -38,6 +38,27 @@ def why_not_free(host: str, port: int) -> str | None:
     return None
 
 
+def claim(port: int) -> socket.socket | None:
+    """Reserves a port on which another process is about to listen, against others of this machine that do the same.
+
+    Between `is_free` and that process's own bind seconds may pass, in which another user's start finds it free too.
+
+    Returns:
+        What holds the claim until it is closed or this process ends; None if the port is claimed or taken.
+    """
+    holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # A name that is no file: it belongs to nobody's folder, and is gone with the process.
+        holder.bind(f"\0jetflow-port-{port}")
+    except OSError:
+        holder.close()
+        return None
+    if not is_free("0.0.0.0", port):
+        holder.close()
+        return None
+    return holder
+
+
 def prefer_younger(ports: Iterable[int]) -> None:
     """New connections to these ports go to whoever listened second, if there is one, and no more to the first.
 

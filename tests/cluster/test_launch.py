@@ -6,6 +6,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,9 +18,25 @@ from typer.testing import CliRunner
 
 from jetflow_cluster.cli import app
 from jetflow_cluster.cluster.config import ClusterConfig
+from jetflow_cluster.router.ports import claim
+from support.ports import free_port
 from support.small_models import write_head, write_target
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_two_starts_at_once_do_not_take_one_port() -> None:
+    port = free_port()
+    first = claim(port)
+    assert first is not None and claim(port) is None
+    first.close()
+    again = claim(port)
+    assert again is not None
+    again.close()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        assert claim(listener.getsockname()[1]) is None
 
 
 def test_the_serve_configuration_that_ships_is_valid() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
@@ -88,6 +90,12 @@ def test_refusals_name_field_value_limit(llm: LLM, prompt: object, params: dict[
         llm.generate([prompt], _params(**params))  # type: ignore[list-item]
     assert caught.value.field == field
     assert caught.value.limit
+
+
+def test_half_a_character_is_refused(tiny_target_dir: Path) -> None:
+    llm = LLM(str(tiny_target_dir), dtype="float64", num_pages=8)
+    with pytest.raises(InvalidRequestError, match="character 2 is a lone surrogate"):
+        llm.generate(["ab\ud83d"], _params())
 
 
 def test_force_without_a_head_is_refused(tiny_target: str) -> None:

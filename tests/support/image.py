@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
@@ -142,8 +143,8 @@ class Image:
         (self.root / self.workdir.lstrip("/")).mkdir(parents=True, exist_ok=True)
 
     def _user(self, name: str) -> None:
+        self.identity(name)
         self.user = name
-        self.identity()
 
     def _expose(self, text: str) -> None:
         self.ports += [int(port) for port in text.split()]
@@ -154,18 +155,18 @@ class Image:
     def _cmd(self, text: str) -> None:
         self.command = json.loads(text)
 
-    def identity(self) -> tuple[int, int, str]:
-        """Number, group and home of the user. Raises ValueError where the image has no such user."""
+    def identity(self, user: str) -> tuple[int, int, str]:
+        """Number, group and home of a user. Raises ValueError where the image has no such user."""
         for line in (self.root / "etc" / "passwd").read_text().splitlines():
             name, _, uid, gid, _, home, _ = line.split(":")
-            if name == self.user:
+            if name == user:
                 return int(uid), int(gid), home
-        raise ValueError(f"USER {self.user}: /etc/passwd of the image has no such user")
+        raise ValueError(f"USER {user}: /etc/passwd of the image has no such user")
 
     def _call(
         self, command: list[str], env: dict[str, str], binds: list[str], *, own_network: bool = False
     ) -> list[str]:
-        uid, gid, home = self.identity()
+        uid, gid, home = self.identity(self.user)
         container = {
             "root": str(self.root),
             "workdir": self.workdir,
@@ -178,10 +179,15 @@ class Image:
         spaces = ["--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child", *(["--net"] if own_network else [])]
         return ["unshare", *spaces, "--", sys.executable, str(_CONTAINED), json.dumps(container), *command]
 
-    def start(self, log: Path) -> Container:
-        """``docker run``, with a network of its own in which there is loopback alone."""
+    def start(self, log: Path, *command: str) -> Container:
+        """``docker run``, with a network of its own in which there is loopback alone.
+
+        Args:
+            log: where its output goes.
+            command: instead of the image's ``CMD``.
+        """
         with log.open("wb") as output:
-            call = self._call([*self.entrypoint, *self.command], {}, [], own_network=True)
+            call = self._call([*self.entrypoint, *(command or self.command)], {}, [], own_network=True)
             outer = subprocess.Popen(call, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 30
         # Until it has changed its root, what is called within would be called on this machine.
@@ -211,15 +217,19 @@ class Container:
     pid: int
     log: Path
 
-    def execute(self, *command: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
-        """``docker exec``: as the image's user, in its folder and environment."""
-        uid, gid, home = self.image.identity()
+    def inside(self, command: Sequence[str], user: str | None = None) -> list[str]:
+        """The command that runs one within, in the image's environment: in its folder as its user, or in another's home
+        as that user."""
+        uid, gid, home = self.image.identity(user or self.image.user)
+        folder = self.image.workdir if user is None else home
         env = [f"{name}={value}" for name, value in ({"HOME": home} | self.image.env).items()]
         enter = ["nsenter", "-t", str(self.pid), "-m", "-p", "-n", "-i", "-u", "-r", "-S", str(uid), "-G", str(gid)]
-        inner = ["/usr/bin/env", "-i", "-C", self.image.workdir, *env, *command]
-        return subprocess.run(
-            [*enter, "--", *inner], capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL
-        )
+        return [*enter, "--", "/usr/bin/env", "-i", "-C", folder, *env, *command]
+
+    def execute(self, *command: str, user: str | None = None) -> subprocess.CompletedProcess[str]:
+        """``docker exec``."""
+        call = self.inside(command, user)
+        return subprocess.run(call, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
 
     def kill(self) -> None:
         """``docker kill``: all its processes end with the first."""

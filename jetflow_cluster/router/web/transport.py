@@ -50,8 +50,12 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
         raise HttpError(408, f"the body did not come within {_BODY_TIMEOUT_S:.0f} s") from None
     try:
         body = json.loads(data, parse_constant=_no_number, parse_int=_integer)
+        if b"\\u" in data:
+            # An escape may be half a character, which no message can hold.
+            json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
-        raise InvalidRequestError("body", f"{len(data)} bytes", "must be JSON in UTF-8") from None
+        limit = "must be JSON in UTF-8, without lone surrogates"
+        raise InvalidRequestError("body", f"{len(data)} bytes", limit) from None
     if not isinstance(body, dict):
         raise InvalidRequestError("body", type(body).__name__, "must be a JSON object")
     return body

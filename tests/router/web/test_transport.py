@@ -35,6 +35,7 @@ CASES: dict[str, tuple[tuple[str, bytes], int]] = {
     "not-utf-8": (post(b'{"prompt": "\xff"}'), 400),
     "infinite": (post(b'{"prompt": "a", "temperature": Infinity}'), 400),
     "digits": (post(b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}"), 400),
+    "half-a-character": (post(b'{"model": "toy", "prompt": "\\ud800"}'), 400),
     "deep": (post(b'{"prompt": ' + b"[" * 100_000 + b"}"), 400),
     "form": (post(b"prompt=a", "application/x-www-form-urlencoded"), 415),
     "untyped": (("POST /v1/completions HTTP/1.1\r\ncontent-length: 15", b'{"prompt": "a"}'), 415),
