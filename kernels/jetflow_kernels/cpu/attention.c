@@ -11,6 +11,8 @@
 
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define WIDTH 16
@@ -66,6 +68,13 @@ INLINE Vector multiply_add_vector(Vector a, Vector b, Vector c) {
         __m256 part[2];
     } x = {a}, y = {b}, z = {c};
     for (int i = 0; i < 2; i++) z.part[i] = _mm256_fmadd_ps(x.part[i], y.part[i], z.part[i]);
+    return z.whole;
+#elif defined(__aarch64__)
+    union {
+        Vector whole;
+        float32x4_t part[4];
+    } x = {a}, y = {b}, z = {c};
+    for (int i = 0; i < 4; i++) z.part[i] = vfmaq_f32(z.part[i], x.part[i], y.part[i]);
     return z.whole;
 #else
     return a * b + c;
