@@ -1,5 +1,5 @@
-"""Calls of every compiled CPU kernel for other processors to make: odd sizes, both dtypes, what is not a number, and each
-row in several batches; with what plain torch gives."""
+"""Calls of every compiled CPU kernel, for other processors to make: odd sizes, both dtypes, NaN and infinity, each row
+in several batches; with what plain torch gives."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _heads(calls: list[Call]) -> None:
                 made.qkv[1, 0, 3], made.qkv[2, 1, 9], made.qkv[4, 2, 0] = _NOT_NUMBERS
             plain, ours = made.to("cpu"), made.to("cpu")
             q = _by_torch(
-                lambda plain=plain: qk_norm_rope_store(*plain.arguments(), num_heads=plain.num_heads, eps=EPS)
+                lambda plain=plain, heads=heads: qk_norm_rope_store(*plain.arguments(), num_heads=heads[0], eps=EPS)
             )
             assert rows.qk_norm_rope_store(*ours.arguments(), num_heads=heads[0], eps=EPS) is not None
             index = len(calls) - 1

@@ -15,7 +15,7 @@ from jetflow_kernels.machine import Compiler, find_compiler, machine, run
 
 _PROGRAM = Path(__file__).parents[1] / "kernels" / "processors" / "calls.c"
 _CROSS = "aarch64-linux-gnu-"
-#: Debian's package of each command, or of a file that the cross compiler finds.
+#: Debian's package of each command.
 _PACKAGES = {
     "qemu-x86_64": "qemu-user",
     "qemu-aarch64": "qemu-user",
@@ -77,10 +77,9 @@ class Build:
 def missing_packages() -> str:
     """One sentence; empty where all that other processors need is there."""
     missing = {package for command, package in _PACKAGES.items() if shutil.which(command) is None}
-    if (
-        not missing & {"gcc-aarch64-linux-gnu"}
-        and not Path(run([f"{_CROSS}gcc", "-print-file-name=libc.a"]).strip()).is_absolute()
-    ):
+    compiler = shutil.which(f"{_CROSS}gcc")
+    # A file that the compiler does not find is answered with its bare name.
+    if compiler is None or run([compiler, "-print-file-name=libc.a"]).strip() == "libc.a":
         missing.add("libc6-dev-arm64-cross")
     return f"These Debian packages are missing: {', '.join(sorted(missing))}." if missing else ""
 

@@ -1,7 +1,7 @@
 """Calls of the compiled CPU kernels, recorded with their answers, to be made again by another build of them.
 
-`recording` puts a recorder where the calls in `jetflow_kernels.cpu` look for functions, so that what is recorded is what
-they pass. tests/kernels/processors/calls.c makes the calls again.
+`recording` puts a recorder where `jetflow_kernels.cpu` looks for functions, so that what is recorded is what it passes.
+tests/kernels/processors/calls.c makes the calls again.
 """
 
 from __future__ import annotations
