@@ -9,7 +9,7 @@
 
 #include "numbers.h"
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -95,7 +95,12 @@ INLINE float sum_of(const Part *x) {
 #endif
     Quarter sums = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
 #endif
+#if defined(__x86_64__)
+    sums += _mm_movehl_ps(sums, sums);
+    return sums[0] + sums[1];
+#else
     return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+#endif
 }
 
 /* The first position behind `from` that is on another page, or the end. */
