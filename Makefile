@@ -14,7 +14,7 @@ PART   ?=
 # What the GPU targets run with: any interpreter with torch, triton, transformers and pytest, plugins or not. Nothing is
 # installed.
 GPU_PYTHON ?= $(firstword $(wildcard $(VENV)/bin/python) $(shell command -v python || command -v python3))
-GPU_PYTEST := -o addopts= --import-mode=importlib -m "not lossless and not slow and not lane"
+GPU_PYTEST := -o addopts= --import-mode=importlib -m "not lossless and not slow and not lane and not processors"
 
 RUN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -23,7 +23,7 @@ GPU   := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: gpu help install demo serve test lane lint format protos lossless cluster bench test-gpu bench-gpu train clean
+.PHONY: gpu help install demo serve test lane lint format protos lossless processors cluster bench test-gpu bench-gpu train clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,10 @@ protos: $(STAMP) ## Generate the code of the API from protos/ into jetflow_clust
 
 lossless: $(STAMP) ## The whole proof that speculation changes no token (up to an hour)
 	$(RUN)/python -m pytest -q -rP -m "not slow" tests/lossless tests/distribution
+
+processors: $(STAMP) ## The C kernels on SSE4.2, AVX2 and aarch64 by QEMU, and on this processor (a minute)
+	@PYTHONPATH=.:kernels:tests $(RUN)/python -m support.processors
+	$(RUN)/python -m pytest -q -rs -m "processors or not processors" tests/kernels/test_processors.py
 
 cluster: $(STAMP) ## The slow tests: served shapes, lost processes, cancels, fuzzed requests, the pages' commands, the image (half an hour)
 	$(RUN)/python -m pytest -q -m slow tests/cluster tests/router tests/test_docs.py tests/test_image.py tests/test_wheel.py

@@ -10,8 +10,10 @@
 
 #include "numbers.h"
 
-#if defined(__AVX512F__) || defined(__FMA__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define WIDTH 16
@@ -19,7 +21,19 @@
 #define MAX_ROWS 4
 #define MAX_VECTORS 16
 
-typedef float Vector __attribute__((vector_size(4 * WIDTH)));
+/* A register, as wide as the processor has them: what is wider goes through memory. NUM_PARTS of them hold WIDTH. */
+#if defined(__AVX512F__)
+#define NUM_PARTS 1
+#elif defined(__AVX2__)
+#define NUM_PARTS 2
+#else
+#define NUM_PARTS 4
+#endif
+#define PART_WIDTH (WIDTH / NUM_PARTS)
+#define MAX_PARTS (MAX_VECTORS * NUM_PARTS)
+
+typedef float Part __attribute__((vector_size(4 * PART_WIDTH)));
+typedef float Quarter __attribute__((vector_size(WIDTH)));
 
 enum { TREE, CHAIN, BIDIRECTIONAL };
 enum { NO_MEMORY = 1, NO_PAGE = 2 };
@@ -52,34 +66,41 @@ typedef struct {
     int64_t row[MAX_ROWS], head[MAX_ROWS];
 } Task;
 
-INLINE Vector vector_of(const float *x) {
-    Vector v;
-    memcpy(&v, x, sizeof v);
-    return v;
+INLINE Part part_of(const float *x) {
+    Part part;
+    memcpy(&part, x, sizeof part);
+    return part;
 }
 
-INLINE Vector multiply_add_vector(Vector a, Vector b, Vector c) {
+INLINE Part multiply_add_part(Part a, Part b, Part c) {
 #if defined(__AVX512F__)
-    return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-    union {
-        Vector whole;
-        __m256 part[2];
-    } x = {a}, y = {b}, z = {c};
-    for (int i = 0; i < 2; i++) z.part[i] = _mm256_fmadd_ps(x.part[i], y.part[i], z.part[i]);
-    return z.whole;
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+    return vfmaq_f32(c, a, b);
 #else
     return a * b + c;
 #endif
 }
 
-INLINE float sum_of(Vector x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)x);
+/* Of WIDTH lanes in halves: lane i with i + 8, then i + 4, i + 2, i + 1. */
+INLINE float sum_of(const Part *x) {
+#if NUM_PARTS == 4
+    Quarter sums = (x[0] + x[2]) + (x[1] + x[3]);
 #else
-    for (int width = WIDTH / 2; width > 0; width /= 2)
-        for (int lane = 0; lane < width; lane++) x[lane] += x[lane + width];
-    return x[0];
+#if NUM_PARTS == 2
+    __m256 half = x[0] + x[1];
+#else
+    __m256 half = _mm512_castps512_ps256(x[0]) + _mm512_extractf32x8_ps(x[0], 1);
+#endif
+    Quarter sums = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+#endif
+#if defined(__x86_64__)
+    sums += _mm_movehl_ps(sums, sums);
+    return sums[0] + sums[1];
+#else
+    return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 #endif
 }
 
@@ -139,15 +160,16 @@ INLINE float weigh_seen(const Attention *a, const Task *task, int64_t row, float
 INLINE void attend_of(const Attention *a, const Task *task, float *scores, int num_rows, int num_vectors) {
     int64_t num_keys = task->num_keys, num_context = task->request->num_context;
     int64_t head_dim = (int64_t)num_vectors * WIDTH, key_stride = a->num_kv_heads * head_dim;
-    Vector q[MAX_ROWS][MAX_VECTORS], sums[MAX_ROWS][MAX_VECTORS];
+    Part q[MAX_ROWS][MAX_PARTS], sums[MAX_ROWS][MAX_PARTS];
+    int num_parts = num_vectors * NUM_PARTS;
     for (int r = 0; r < num_rows; r++) {
         float row[MAX_VECTORS * WIDTH];
         int64_t place = (task->request->first_row + task->row[r]) * a->stride + task->head[r] * head_dim;
         const void *from = at(a->q, place, a->half);
         for (int64_t i = 0; i < head_dim; i++) row[i] = load(from, i, a->half);
-        for (int v = 0; v < num_vectors; v++) {
-            q[r][v] = vector_of(row + v * WIDTH);
-            sums[r][v] = (Vector){0};
+        for (int p = 0; p < num_parts; p++) {
+            q[r][p] = part_of(row + p * PART_WIDTH);
+            sums[r][p] = (Part){0};
         }
     }
     for (int64_t from = 0, to; from < num_keys; from = to) {
@@ -155,10 +177,12 @@ INLINE void attend_of(const Attention *a, const Task *task, float *scores, int n
         const float *key = slot_of(a, task, a->k_pages, from);
         for (int64_t i = from; i < to; i++, key += key_stride)
             for (int r = 0; r < num_rows; r++) {
-                Vector product = q[r][0] * vector_of(key);
-                for (int v = 1; v < num_vectors; v++)
-                    product = multiply_add_vector(q[r][v], vector_of(key + v * WIDTH), product);
-                scores[r * num_keys + i] = sum_of(product) * a->scale;
+                Part products[NUM_PARTS];
+                for (int p = 0; p < NUM_PARTS; p++) products[p] = q[r][p] * part_of(key + p * PART_WIDTH);
+                for (int v = NUM_PARTS; v < num_parts; v += NUM_PARTS)
+                    for (int p = 0; p < NUM_PARTS; p++)
+                        products[p] = multiply_add_part(q[r][v + p], part_of(key + (v + p) * PART_WIDTH), products[p]);
+                scores[r * num_keys + i] = sum_of(products) * a->scale;
             }
     }
     float scales[MAX_ROWS];
@@ -173,16 +197,16 @@ INLINE void attend_of(const Attention *a, const Task *task, float *scores, int n
                 float weight = scores[r * num_keys + i];
                 /* A value that is not seen may be anything. */
                 if (i >= num_context && weight == 0.0f) continue;
-                Vector weights = (Vector){0} + weight;
-                for (int v = 0; v < num_vectors; v++)
-                    sums[r][v] = multiply_add_vector(weights, vector_of(value + v * WIDTH), sums[r][v]);
+                Part weights = (Part){0} + weight;
+                for (int p = 0; p < num_parts; p++)
+                    sums[r][p] = multiply_add_part(weights, part_of(value + p * PART_WIDTH), sums[r][p]);
             }
     }
     for (int r = 0; r < num_rows; r++) {
         int64_t place = ((task->request->first_row + task->row[r]) * a->num_heads + task->head[r]) * head_dim;
-        for (int v = 0; v < num_vectors; v++)
-            for (int lane = 0; lane < WIDTH; lane++)
-                store(a->out, place + v * WIDTH + lane, sums[r][v][lane] * scales[r], a->half);
+        for (int p = 0; p < num_parts; p++)
+            for (int lane = 0; lane < PART_WIDTH; lane++)
+                store(a->out, place + p * PART_WIDTH + lane, sums[r][p][lane] * scales[r], a->half);
     }
 }
 

@@ -42,18 +42,28 @@ def build(compiler: Compiler, isa: str, flags: tuple[str, ...], target: Path) ->
         OSError: the compiler's reason, or the folder's.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        compiled, linked = [Path(folder, f"{source.stem}.o") for source in _SOURCES], Path(folder, "cpu.so")
-        commands = [
-            [*compiler.command, *_FLAGS, *_ISA_FLAGS[isa], *flags, "-c", str(source), "-o", str(made)]
-            for source, made in zip(_SOURCES, compiled, strict=True)
-        ]
-        with ThreadPoolExecutor(min(len(commands), machine().num_cores)) as threads:
-            list(threads.map(run, commands))
+        compiled, linked = compile_sources(compiler, isa, flags, Path(folder)), Path(folder, "cpu.so")
         # Linked without -fopenmp: the library that torch has loaded is to serve, and no second one.
         run([*compiler.command, "-shared", *map(str, compiled), "-lm", "-o", str(linked)])
         content = linked.read_bytes()
         linked.write_bytes(content + hashlib.sha256(content).digest())
         linked.replace(target)
+
+
+def compile_sources(compiler: Compiler, isa: str, flags: tuple[str, ...], folder: Path) -> list[Path]:
+    """Compiles each source for one of `machine.ISAS`; returns the object files.
+
+    Raises:
+        OSError: the compiler's reason.
+    """
+    compiled = [folder / f"{source.stem}.o" for source in _SOURCES]
+    commands = [
+        [*compiler.command, *_FLAGS, *_ISA_FLAGS[isa], *flags, "-c", str(source), "-o", str(made)]
+        for source, made in zip(_SOURCES, compiled, strict=True)
+    ]
+    with ThreadPoolExecutor(min(len(commands), machine().num_cores)) as threads:
+        list(threads.map(run, commands))
+    return compiled
 
 
 def is_whole(path: Path) -> bool:
