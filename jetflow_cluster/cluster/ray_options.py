@@ -30,12 +30,19 @@ def start_ray(num_cpus: int, *, log_to_driver: bool, metrics_port: int | None = 
         num_cpus: that it counts, at least; no fewer than there are.
         log_to_driver: whether its processes' logs are shown here.
         metrics_port: where it exports its metrics; None takes a free one.
+
+    Raises:
+        RuntimeError: Ray did not start; with its reason.
     """
     os.environ.update(RAY_ENVIRONMENT)
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, num_cpus),
-        include_dashboard=False,
-        configure_logging=False,
-        log_to_driver=log_to_driver,
-        _metrics_export_port=metrics_port,
-    )
+    try:
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, num_cpus),
+            include_dashboard=False,
+            configure_logging=False,
+            log_to_driver=log_to_driver,
+            _metrics_export_port=metrics_port,
+        )
+    except Exception as error:
+        # Ray raises what has no class of its own, such as where its processes take longer than 30 s to answer.
+        raise RuntimeError(f"Ray did not start: {' '.join(str(error).split())}") from None
