@@ -14,7 +14,7 @@ PART   ?=
 # What the GPU targets run with: any interpreter with torch, triton, transformers and pytest, plugins or not. Nothing is
 # installed.
 GPU_PYTHON ?= $(firstword $(wildcard $(VENV)/bin/python) $(shell command -v python || command -v python3))
-GPU_PYTEST := -o addopts= --import-mode=importlib -m "not lossless and not slow"
+GPU_PYTEST := -o addopts= --import-mode=importlib -m "not lossless and not slow and not lane"
 
 RUN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -23,7 +23,7 @@ GPU   := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: gpu help install demo serve test lint format protos lossless cluster bench test-gpu bench-gpu train clean
+.PHONY: gpu help install demo serve test lane lint format protos lossless cluster bench test-gpu bench-gpu train clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ serve: $(STAMP) ## Serve the embedded model over gRPC on port 9000 until Ctrl-C
 # One thread each for those of OpenMP: small models gain nothing by two, which spin where other commands could run.
 test: lint ## Lint, then the tests, with a part of the lossless proof
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q
+	$(MAKE) --no-print-directory lane
+
+lane: $(STAMP) ## Commands and lossless cases as on other processors, without compiler, on one core; run last by `make test`
+	$(RUN)/python -m pytest -q -m "lane and not slow" tests/lane
 
 lint: $(STAMP) ## ruff, import contracts, mypy, dependencies
 	$(RUN)/ruff check .
@@ -75,8 +79,8 @@ protos: $(STAMP) ## Generate the code of the API from protos/ into jetflow_clust
 lossless: $(STAMP) ## The whole proof that speculation changes no token (up to an hour)
 	$(RUN)/python -m pytest -q -rP -m "not slow" tests/lossless tests/distribution
 
-cluster: $(STAMP) ## The slow tests: served shapes, lost processes, cancels, fuzzed requests, the pages' commands (half an hour)
-	$(RUN)/python -m pytest -q -m slow tests/cluster tests/router tests/test_docs.py
+cluster: $(STAMP) ## The slow tests: served shapes, lost processes, cancels, fuzzed requests, the pages' commands, the image (half an hour)
+	$(RUN)/python -m pytest -q -m slow tests/cluster tests/router tests/test_docs.py tests/test_image.py
 
 bench: $(STAMP) ## Measure against transformers on this machine; figures in out/bench
 	$(RUN)/jetflow bench offline --output $(OUT)/bench

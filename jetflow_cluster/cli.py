@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from jetflow_cluster import __version__, cli_bench, cli_load, cli_remote, cli_serving, cli_training
 from jetflow_cluster import cli_options as opt
-from jetflow_cluster.console import Commands, apply_environment, stderr, stdout
+from jetflow_cluster.console import Commands, apply_environment, print_json, stderr, stdout
 from jetflow_cluster.env import read_environment
 from jetflow_cluster.types import (
     RequestOutput,
@@ -144,7 +143,7 @@ def _complete(
 ) -> None:
     asked: str | list[int] = llm.apply_chat_template([{"role": "user", "content": text}]) if chat else text
     if as_json:
-        typer.echo(json.dumps(_output_object(llm.generate([asked], params)[0]), ensure_ascii=False))
+        print_json(_output_object(llm.generate([asked], params)[0]))
         return
     from jetflow_cluster.bench.terminal import stream_to
 
@@ -341,7 +340,7 @@ def _doctor_costs(
     report = examine_costs(llm)
     draw_costs(report, output / "costs.png")
     if as_json:
-        typer.echo(json.dumps(report))
+        print_json(report)
     else:
         print_costs(report, stdout)
         stdout.print(f"picture in {output / 'costs.png'}")
@@ -377,7 +376,7 @@ def doctor(
         )
     )
     if as_json:
-        typer.echo(json.dumps(report))
+        print_json(report)
     else:
         print_report(report, stdout)
 

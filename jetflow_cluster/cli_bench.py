@@ -104,16 +104,17 @@ def step(
     from jetflow_cluster.bench.step import StepBenchConfig, run_step_bench
     from jetflow_cluster.bench.step_report import step_table
     from jetflow_cluster.config import EngineConfig
-    from jetflow_cluster.engine.resolve import compute_device
+    from jetflow_cluster.engine.resolve import compute_device, compute_dtype
 
+    engine = EngineConfig(dtype=dtype.value, device=device)
     config = StepBenchConfig(
         output_dir=output,
         shape=shape,
         batch_sizes=opt.read_numbers("batch_sizes", batch_sizes),
         num_nodes=opt.read_numbers("num_nodes", num_nodes),
         prefix_lens=opt.read_numbers("prefix_lens", prefix_lens),
-        dtype=torch.bfloat16 if dtype is opt.DType.AUTO else getattr(torch, dtype.value),
-        device=compute_device(EngineConfig(device=device)),
+        dtype=compute_dtype(engine, compute_device(engine)) or torch.bfloat16,
+        device=compute_device(engine),
         page_size=page_size,
         repeats=repeats,
         floor_only=floor_only,

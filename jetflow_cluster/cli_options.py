@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -48,7 +50,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Model = Annotated[str | None, _option(_MODEL, "Target model: a folder or a Hugging Face id.")]
 DraftHead = Annotated[str | None, _option(_MODEL, "Draft head for it: a folder or a Hugging Face id.")]
 Device = Annotated[str, _option(_MODEL, "auto, cpu, cuda or cuda:N.")]
-ComputeType = Annotated[DType, _option(_MODEL, "Compute type; auto is the checkpoint's own.")]
+ComputeType = Annotated[
+    DType, _option(_MODEL, "Compute type; auto is float32 on a CPU, the checkpoint's own on a GPU.")
+]
 Server = Annotated[str | None, _option(_SERVER, "Ask a server, host:port; several by comma.")]
 Token = Annotated[str | None, _option(_SERVER, "Bearer token for it; better in JETFLOW_TOKEN.", "--token")]
 CaCert = Annotated[Path | None, _option(_SERVER, "Speak TLS; PEM file of the authorities to trust.")]
@@ -87,25 +91,43 @@ def check_shown(logprobs: int | None, *, as_json: bool) -> None:
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from the argument, a file, or standard input.
+    """The prompt from the argument, a file, or standard input; whatever the locale says, it is UTF-8.
 
     Raises:
-        InvalidRequestError: none of them, or two.
+        InvalidRequestError: none of them, two, or what is not UTF-8.
     """
     if prompt is not None and file is not None:
         raise InvalidRequestError("prompt", str(file), "give a text or a file, not both")
     if prompt is not None:
-        return prompt
-    if file is not None and str(file) != "-":
-        return file.read_text(encoding="utf-8")
+        return _in_utf8("prompt", prompt)
+    is_file = file is not None and str(file) != "-"
     if file is None and sys.stdin.isatty():
         raise InvalidRequestError("prompt", None, "give a text, --file or standard input")
-    return sys.stdin.read()
+    try:
+        if is_file:
+            return Path(str(file)).read_text(encoding="utf-8")
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
+    except UnicodeDecodeError as error:
+        name = str(file) if is_file else "standard input"
+        raise InvalidRequestError("prompt", name, f"must be UTF-8; byte {error.start} is not") from None
+
+
+def _in_utf8(field: str, text: str) -> str:
+    """An argument of the command line; where the locale has no such characters, Python passes on its bytes."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        raise InvalidRequestError(field, text, "must be UTF-8") from None
 
 
 def read_stops(texts: Sequence[str] | None) -> tuple[str, ...]:
     r"""Stop strings, with ``\n`` and ``\t`` as a shell passes them turned into the characters."""
-    return tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in texts or ())
+    return tuple(_in_utf8("stop", text).replace("\\n", "\n").replace("\\t", "\t") for text in texts or ())
 
 
 def read_biases(pairs: Sequence[str] | None) -> dict[int, float]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 
@@ -37,9 +38,12 @@ def serve(
     from jetflow_cluster.cluster.config import ClusterConfig
     from jetflow_cluster.cluster.preflight import check_before_start
     from jetflow_cluster.cluster.progress import StartProgress
+    from jetflow_cluster.cluster.ray_lines import RayLines
 
     wanted = ClusterConfig.from_mapping((_read_file(config) if config is not None else {}) | _pairs(settings or []))
     has_served = False
+    printed = RayLines(sys.stdout), RayLines(sys.stderr)
+    sys.stdout, sys.stderr = cast(tuple[TextIO, TextIO], printed)
     with StartProgress(stderr) as progress:
         progress.begin("looking at the configuration")
         check_before_start(wanted, is_here=address is None)
@@ -63,6 +67,8 @@ def serve(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())
         has_served = True
+        for stream in printed:
+            stream.is_starting = False
         stdout.print(f"serving at {served}", highlight=False)
         stopped.wait()
     finally:
@@ -101,7 +107,12 @@ def _pairs(settings: list[str]) -> dict[str, Any]:
 def _read_file(path: Path) -> dict[str, Any]:
     import yaml
 
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"config = {str(path)!r}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ValueError(f"config = {str(path)!r}: is no YAML") from None
     applications = found.get("applications") if isinstance(found, dict) else None
     if not applications:
         raise ValueError(f"{path}: applications is missing or empty")

@@ -19,10 +19,12 @@ class EngineConfig:
     model: str | None = None
     #: Draft head checkpoint; None takes the embedded one for the embedded target, else no speculation.
     draft_head: str | None = None
-    #: Compute type of weights and KV cache; ``auto`` takes the checkpoint's.
+    #: Compute type of weights and KV cache; ``auto`` is the checkpoint's on a GPU, float32 on a CPU. A half type that a
+    #: CPU does not compute in, or not row by row, is what weights are rounded to before they are computed with in
+    #: float32.
     dtype: str = "auto"
-    #: Compute type of the draft head; ``auto`` is the target's, or bf16 beside a fp32 target on a CPU that has it. Any
-    #: type is lossless.
+    #: Compute type of the draft head; ``auto`` is the target's, or bf16 on a CPU that computes in it. Any type is
+    #: lossless.
     draft_dtype: str = "auto"
     #: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     device: str = "auto"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import sys
 from typing import Any, NoReturn
@@ -47,8 +49,20 @@ def _fail(error: Exception, code: int) -> NoReturn:
     raise typer.Exit(code) from error
 
 
+def print_json(value: Any) -> None:
+    """One object on standard output, as JSON that any reader takes: other encodings than UTF-8 get ASCII."""
+    is_utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    typer.echo(json.dumps(value, ensure_ascii=not is_utf8))
+
+
 def apply_environment(environment: Environment) -> None:
-    """Sets the log level, and the CPU threads of torch where the environment names them."""
+    """Sets the log level, and the CPU threads of torch where the environment names them.
+
+    Characters that the encoding of an output lacks are escaped there, and end nothing.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("jetflow_cluster").setLevel(environment.log_level.upper())
     if environment.num_threads is not None:

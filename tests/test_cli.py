@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jetflow_cluster.cli import app
+from jetflow_cluster.console import print_json
 
 runner = CliRunner()
 
@@ -108,6 +110,34 @@ def test_errors_are_one_line(arguments: list[str], env: dict[str, str] | None, m
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, stdin, message",
+    [
+        pytest.param(["\udcff\udcfe"], None, "prompt = '\\udcff\\udcfe': must be UTF-8", id="argument"),
+        pytest.param(["x", "--stop", "\udcff"], None, "stop = '\\udcff': must be UTF-8", id="stop"),
+        pytest.param([], b"abc\xff", "prompt = 'standard input': must be UTF-8; byte 3 is not", id="standard-input"),
+        pytest.param(["--file", "text"], None, "prompt = 'text': must be UTF-8; byte 1 is not", id="file"),
+    ],
+)
+def test_prompts_that_are_not_utf8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], stdin: bytes | None, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_bytes(b"a\xe9")
+    result = runner.invoke(app, ["generate", *arguments], input=stdin)
+    assert result.exit_code == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    "encoding, shown", [("utf-8", "猫é"), ("latin-1", r"\u732b\u00e9"), ("ascii", r"\u732b\u00e9")]
+)
+def test_json_is_json_in_every_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str, shown: str) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding, write_through=True))
+    print_json({"text": "猫é"})
+    assert json.loads(written.getvalue()) == {"text": "猫é"} and shown.encode() in written.getvalue()
 
 
 def test_generate_prints_one_json_object(model: list[str]) -> None:

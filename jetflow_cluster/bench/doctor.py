@@ -11,7 +11,7 @@ from rich.table import Table
 from jetflow_cluster import __version__
 from jetflow_cluster.bench.machine import describe_machine
 from jetflow_cluster.bench.prompts import DEFAULT_CHECKPOINT, HELD_OUT_PROMPTS
-from jetflow_cluster.config import EngineConfig
+from jetflow_cluster.config import DTYPES, EngineConfig
 
 
 def examine(config: EngineConfig | None = None) -> dict[str, Any]:
@@ -40,10 +40,11 @@ def examine(config: EngineConfig | None = None) -> dict[str, Any]:
             "device": "cuda" if has_gpu else "cpu",
             "attention": "PyTorch on the GPU" if has_gpu else "PyTorch on the CPU",
             "cpu_kernels": cpu_kernels().detail,
+            "dtypes": _dtypes(),
             "threads": torch.get_num_threads(),
         },
         "memory_plan": plan,
-        "warnings": _warnings(machine, checkpoints, has_gpu=has_gpu) + ([plan["refused"]] if "refused" in plan else []),
+        "warnings": _warnings(machine, checkpoints) + ([plan["refused"]] if "refused" in plan else []),
     }
 
 
@@ -55,8 +56,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table.add_column()
     table.add_row("jetflow", report["version"])
     table.add_row("packages", ", ".join(f"{name} {version}" for name, version in machine["packages"].items()))
-    features = f" ({', '.join(machine['cpu_features'])})" if machine["cpu_features"] else ""
-    table.add_row("processor", f"{machine['cpu']}, {machine['num_cores']} cores{features}")
+    table.add_row("processor", f"{machine['cpu']}, {machine['num_cores']} cores")
+    table.add_row("instructions", ", ".join(f"{by} {name or 'none'}" for by, name in machine["instructions"].items()))
     table.add_row("memory", _size(machine["memory_bytes"]))
     for gpu in machine["gpus"]:
         table.add_row("GPU", f"{gpu['name']}, {_size(gpu['memory_bytes'])}")
@@ -65,6 +66,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table.add_row("side-car", "yes" if embedded["has_sidecar"] else "no")
     table.add_row("would run on", f"{run['device']}, {run['threads']} threads, attention by {run['attention']}")
     table.add_row("CPU kernels", run["cpu_kernels"])
+    table.add_row("dtypes", "; ".join(f"{name}: {how}" for name, how in run["dtypes"].items()))
     console.print(table)
     if "lines" in report["memory_plan"]:
         console.print(_memory_table(report["memory_plan"]))
@@ -101,7 +103,7 @@ def _memory_table(plan: dict[str, Any]) -> Table:
     return table
 
 
-def _warnings(machine: dict[str, Any], checkpoints: dict[str, int], *, has_gpu: bool) -> list[str]:
+def _warnings(machine: dict[str, Any], checkpoints: dict[str, int]) -> list[str]:
     found = []
     for name, size in checkpoints.items():
         if not size:
@@ -114,9 +116,19 @@ def _warnings(machine: dict[str, Any], checkpoints: dict[str, int], *, has_gpu: 
         found.append(
             f"torch uses {machine['num_threads']} threads on {machine['num_cores']} cores: set JETFLOW_NUM_THREADS"
         )
-    fast_bf16 = {"avx512_bf16", "amx_bf16", "bf16"}
-    if not has_gpu and not fast_bf16 & set(machine["cpu_features"]):
-        found.append("this processor has no bf16 instructions: --dtype float32 will be faster than bfloat16")
+    return found
+
+
+def _dtypes() -> dict[str, str]:
+    """In what each dtype is computed where the engine would run."""
+    from jetflow_cluster.engine.resolve import compute_device, compute_dtype
+
+    device = compute_device(EngineConfig())
+    found = {}
+    for name in DTYPES:
+        computed = compute_dtype(EngineConfig(dtype=name), device)
+        how = "the checkpoint's" if computed is None else str(computed).removeprefix("torch.")
+        found[name] = "computed as such" if how == name else how if name == "auto" else f"computed in {how}"
     return found
 
 

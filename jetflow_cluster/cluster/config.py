@@ -13,6 +13,8 @@ from jetflow_cluster.router.safety import SafetyConfig
 DRAFT_PLACEMENTS = ("colocated", "dedicated")
 LOG_LEVELS, LOG_FORMATS = ("debug", "info", "warning", "error"), ("json", "text")
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+#: KV slots below which hardly any request could be served.
+_LEAST_SLOTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class ClusterConfig:
     draft_head: str | None = None
     #: Name under which the model is served; None is the checkpoint's folder or id.
     served_model_name: str | None = None
-    #: Compute type of weights and KV cache; ``auto`` takes the checkpoint's.
+    #: Compute type of weights and KV cache; ``auto`` is the checkpoint's on a GPU, float32 on a CPU.
     dtype: str = "auto"
     #: Shards of the target in each replica.
     tensor_parallel_size: int = 1
@@ -133,6 +135,9 @@ class ClusterConfig:
         for name in ("num_replicas", "num_routers", "max_replica_tokens", "max_queued_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.num_pages is not None and self.num_pages * self.page_size < _LEAST_SLOTS:
+            limit = f"must have {_LEAST_SLOTS} slots at least, {-(-_LEAST_SLOTS // self.page_size)} pages"
+            raise ValueError(f"num_pages = {self.num_pages}: {self.num_pages * self.page_size} slots; {limit}")
         self._check_scaling()
         self._check_ports()
         for name in (

@@ -38,22 +38,21 @@ def own_place() -> Place:
     return Place(node=get_node_ip_address(), pid=os.getpid(), log=path if path.startswith("/") else "standard error")
 
 
-def failed_start(name: str, place: Place | None, error: BaseException) -> StartError:
+def failed_start(name: str, place: Place, error: BaseException) -> StartError:
     """The error to raise where an actor could not start.
 
     Args:
         name: of the actor.
-        place: where it runs; None where it was lost before it told.
+        place: where it runs or ran.
         error: its own, or what Ray made of it.
     """
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
     if isinstance(cause, StartError):
         return cause
-    where = f"{name} on node {place.node}" if place is not None else name
-    log = place.log if place is not None else f"in {Path(own_place().log).parent}"
+    where, log = f"{name} on node {place.node}", f"log: {place.log}"
     if isinstance(cause, ray.exceptions.RayError):
-        return LostError(f"{where}: {_why_lost(cause, place)}; log: {log}")
-    return StartError(f"{where}: {_sentence(cause)}; log: {log}")
+        return LostError(f"{where}: {_why_lost(cause, place)}; {log}")
+    return StartError(f"{where}: {_sentence(cause)}; {log}")
 
 
 @contextmanager
@@ -84,10 +83,10 @@ def _sentence(error: BaseException) -> str:
     return text if text and isinstance(error, _TOLD) else f"{type(error).__name__} {text}".rstrip()
 
 
-def _why_lost(error: ray.exceptions.RayError, place: Place | None) -> str:
+def _why_lost(error: ray.exceptions.RayError, place: Place) -> str:
     if isinstance(error, ray.exceptions.GetTimeoutError):
         return "has not answered in time"
     if isinstance(error, ray.exceptions.RayActorError):
-        process = f"its process {place.pid}" if place is not None else "its process"
+        process = f"its process {place.pid}" if place.pid else "its process"
         return f"{process} ended while it started (killed, out of memory, or crashed)"
     return _sentence(error)

@@ -44,8 +44,9 @@ class Place:
     """Where an actor runs."""
 
     node: str
+    #: 0 where it is not known.
     pid: int
-    #: The file that its standard error goes to.
+    #: The file that its standard error goes to, or the folder of all such files.
     log: str
 
 

@@ -53,10 +53,14 @@ def check_fits(bundles: Sequence[Resources], strategy: str, nodes: Sequence[Mapp
     if strategy == "STRICT_PACK":
         total = _sum(bundles)
         if not any(_holds(node, total) for node in nodes):
-            raise ValueError(f"STRICT_PACK needs one node with {_words(total)}; the nodes have {_all(nodes)}")
+            raise ValueError(
+                f"placement_strategy = STRICT_PACK: needs one node with {_words(total)}; the nodes have {_all(nodes)}"
+            )
         return
     if strategy == "STRICT_SPREAD" and len(bundles) > len(nodes):
-        raise ValueError(f"STRICT_SPREAD of {len(bundles)} actors needs as many nodes; there are {len(nodes)}")
+        raise ValueError(
+            f"placement_strategy = STRICT_SPREAD: {len(bundles)} actors need as many nodes; there are {len(nodes)}"
+        )
     free = [dict(node) for node in nodes]
     for index, bundle in enumerate(sorted(bundles, key=lambda b: sorted(b.items()), reverse=True)):
         # First fit of the largest first; bundles are alike, so this finds a place where there is one.

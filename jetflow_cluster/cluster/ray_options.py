@@ -7,6 +7,7 @@ import os
 import ray
 
 from jetflow_cluster.rpc import GRPC_ENVIRONMENT
+from jetflow_kernels.machine import machine
 
 #: What Ray's processes must find in their environment, so that stopped ones are replaced like dead ones, and routers
 #: spend little on a delta. A replica that fails its health checks gets no time to drain, and a process that does not
@@ -37,7 +38,7 @@ def start_ray(num_cpus: int, *, log_to_driver: bool, metrics_port: int | None = 
     os.environ.update(RAY_ENVIRONMENT)
     try:
         ray.init(
-            num_cpus=max(os.cpu_count() or 1, num_cpus),
+            num_cpus=max(machine().num_cores, num_cpus),
             include_dashboard=False,
             configure_logging=False,
             log_to_driver=log_to_driver,

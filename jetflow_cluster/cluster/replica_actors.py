@@ -9,10 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from jetflow_cluster.cluster.actors import DraftActor, ShardActor
@@ -199,11 +205,15 @@ class ReplicaActors:
             raise next((each for each in failures if not isinstance(each, LostError)), failures[0])
         return list(ray.get(list(names)))
 
-    def _place_of(self, name: str) -> Place | None:
+    def _place_of(self, name: str) -> Place:
+        """Where an actor of the first start runs, or ran: by its own account, or by Ray's where it gave none."""
         try:
             found: Place = ray.get(self._places[name], timeout=_JOIN_TIMEOUT_S)
         except ray.exceptions.RayError:
-            return None
+            bundles = placement_group_table(self._group)["bundles_to_node_id"]
+            node_id = bundles.get(list(self._made).index(name))
+            nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+            return Place(node=nodes.get(node_id, "unknown"), pid=0, log=str(Path(own_place().log).parent))
         return found
 
     def _make(self, kind: type, bundle: int, resources: Resources, *args: Any) -> Any:
@@ -280,7 +290,7 @@ class ReplicaActors:
             self._num_failures += 1
             pause_s = min(_MIN_PAUSE_S * 2.0**self._num_failures, _MAX_PAUSE_S)
             what = f"{self._replica_id}: draft worker {index} could not start; again in {pause_s:.1f} s"
-            _log.warning("%s: %s", what, failed_start(f"draft worker {index}", None, error))
+            _log.warning("%s: %s", what, " ".join(str(error).split())[-500:])
         self._loading.pop(index, None)
         self._retry_at[index] = time.monotonic() + pause_s
         ray.kill(worker)

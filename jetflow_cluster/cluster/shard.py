@@ -35,6 +35,7 @@ from jetflow_cluster.models.registry import TargetModel
 from jetflow_cluster.parallel.channel import FollowerChannel, LeaderChannel
 from jetflow_cluster.parallel.tp_group import TpGroup
 from jetflow_cluster.rpc.secret import with_secret
+from jetflow_kernels.machine import machine
 
 _log = logging.getLogger(__name__)
 
@@ -299,4 +300,4 @@ def _use_threads(config: ClusterConfig) -> None:
         torch.set_num_threads(config.num_threads_per_actor)
     elif not torch.cuda.is_available():
         num_actors = config.tensor_parallel_size + config.num_draft_workers
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_actors))
+        torch.set_num_threads(max(1, machine().num_cores // num_actors))

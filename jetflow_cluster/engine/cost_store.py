@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from jetflow_cluster.engine.draft_choice import Gains
 from jetflow_cluster.env import read_environment
 from jetflow_kernels.cpu import cpu_kernels
 from jetflow_kernels.folder_lock import held
+from jetflow_kernels.machine import machine
 
 _log = logging.getLogger(__name__)
 #: Of what is measured: models that were measured otherwise are not read.
@@ -36,12 +36,7 @@ def device_name(device: torch.device) -> str:
     """What tells devices with other costs apart: a GPU's name, or the processor with the threads that torch uses."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    model = ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.machine()} {torch.get_num_threads()} threads"
+    return f"{machine().processor} {torch.get_num_threads()} threads"
 
 
 class CostStore:

@@ -128,11 +128,17 @@ class EngineFrontend:
         """Token ids of a prompt.
 
         Raises:
-            InvalidRequestError: text without a tokenizer, or ids that are no ids of the vocabulary.
+            InvalidRequestError: text without a tokenizer or with halves of characters, or ids that are no ids of the
+                vocabulary.
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequestError("prompt", prompt[:40], "text needs a tokenizer.json; give token ids")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                limit = f"must be text that UTF-8 can hold; character {error.start} is a lone surrogate"
+                raise InvalidRequestError("prompt", prompt[:40], limit) from None
             return list(self.tokenizer.encode(prompt).ids)
         token_ids = list(prompt)
         for token in token_ids:
@@ -226,7 +232,8 @@ class EngineFrontend:
         return weights_digest(*folders), self.engine.lookup is not None
 
     def make_warmup_request(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> Request:
-        """A request outside the limits on `max_tokens`; it is aborted or ends by the context's limit."""
+        """A request outside the limits on `max_tokens`; it is aborted or ends by the context's limit, or by the pool's:
+        one that never fits would be preempted without end."""
         return Request(
             request_id=request_id,
             prompt_token_ids=list(prompt),
@@ -237,5 +244,5 @@ class EngineFrontend:
             keys=PageKeys(self.config.page_size),
             detokenizer=None,
             eos_token_ids=self._loaded.eos_token_ids,
-            max_len=self.max_model_len,
+            max_len=min(self.max_model_len, self.engine.pool.num_pages * self.config.page_size),
         )

@@ -23,10 +23,13 @@ from jetflow_cluster.engine.protocols import BudgetPolicy, Drafter, TreeBuilder
 from jetflow_cluster.engine.recorded_steps import RecordedSteps
 from jetflow_cluster.engine.recording import CudaGraphs
 from jetflow_cluster.engine.resolve import (
+    HALF_DTYPES,
     compute_device,
     compute_draft_dtype,
     compute_dtype,
+    describe_dtype,
     max_model_len,
+    weights_dtype,
     why_no_graphs,
 )
 from jetflow_cluster.engine.scheduler import Scheduler
@@ -177,7 +180,12 @@ def load_draft_worker(config: EngineConfig, *, num_pages: int) -> HeadDrafter:
         raise ValueError("draft_head = None: a draft worker needs a head")
     device = compute_device(config)
     _log.info("memory of a draft worker\n%s", plan_draft_worker(config, num_pages).text())
-    ends = load_target_ends(target_dir, dtype=compute_dtype(config), device=device)
+    ends = load_target_ends(
+        target_dir,
+        dtype=compute_dtype(config, device),
+        device=device,
+        rounded_to=weights_dtype(config, device),
+    )
     dtype = compute_draft_dtype(config, ends.dtype, device)
     head = load_draft_head(head_dir, ends.config, dtype=dtype, device=device, tp=TpGroup.single())
     sidecar = load_sidecar(head_dir, ends, device=device)
@@ -258,7 +266,14 @@ def _load_parts(config: EngineConfig, tp: TpGroup, *, with_head: bool) -> _Parts
     device = compute_device(config)
     memory = plan_memory(config, tp, with_head=with_head)
     _log.info("memory of rank %d\n%s", tp.rank, memory.text())
-    target = load_target(target_dir, dtype=compute_dtype(config), device=device, tp=tp)
+    _log.log(logging.WARNING if config.dtype in HALF_DTYPES else logging.INFO, describe_dtype(config, device))
+    target = load_target(
+        target_dir,
+        dtype=compute_dtype(config, device),
+        device=device,
+        tp=tp,
+        rounded_to=weights_dtype(config, device),
+    )
     head, sidecar = None, None
     if with_head and head_dir is not None:
         draft_dtype = compute_draft_dtype(config, target.dtype, device)

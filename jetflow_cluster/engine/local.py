@@ -15,6 +15,8 @@ from jetflow_cluster.engine.frontend import EngineFrontend, Prompt
 from jetflow_cluster.engine.loading import DrafterFactory
 from jetflow_cluster.engine.protocols import TreeBuilder
 from jetflow_cluster.engine.request import Request
+from jetflow_cluster.env import read_environment
+from jetflow_cluster.layers.compute_threads import limit_compute_threads
 from jetflow_cluster.types import (
     EngineStats,
     FinishReason,
@@ -54,6 +56,8 @@ class LLM:
         **options: Any,
     ):
         config = EngineConfig(model=_text(model), draft_head=_text(draft_head), **options)
+        if read_environment().num_threads is None:
+            limit_compute_threads()
         self.frontend = EngineFrontend(
             config, tree_nodes=tree_nodes, drafter_factory=drafter_factory, tree_builder=tree_builder
         )

@@ -104,6 +104,14 @@ class MemoryPlan:
         return "\n".join(f"{a:{name}}  {b:>{num_bytes}}  {c:>{mib}}  {d}".rstrip() for a, b, c, d in rows)
 
 
+class DoesNotFitError(ValueError):
+    """A plan asks for more than there is. A user is shown the sentence; a log has the table, a note of the error."""
+
+    def __init__(self, sentence: str, plan: MemoryPlan):
+        super().__init__(sentence)
+        self.add_note(plan.text())
+
+
 def fit_pages(plan: MemoryPlan, *, num_pages: int | None, pages_per_request: int, max_num_requests: int) -> MemoryPlan:
     """The plan with its pages.
 
@@ -114,12 +122,12 @@ def fit_pages(plan: MemoryPlan, *, num_pages: int | None, pages_per_request: int
         max_num_requests: most requests at once.
 
     Raises:
-        ValueError: it does not fit; the table is a note of the error.
+        DoesNotFitError: it does not fit.
     """
     if num_pages is not None:
         plan = replace(plan, num_pages=num_pages)
         if plan.total_bytes > plan.usable_bytes:
-            raise _refusal(
+            raise DoesNotFitError(
                 f"num_pages = {num_pages}: {plan.total_bytes} bytes are needed, {plan.usable_bytes} may be taken; "
                 f"with {plan.affordable_pages} pages they would do",
                 plan,
@@ -127,20 +135,13 @@ def fit_pages(plan: MemoryPlan, *, num_pages: int | None, pages_per_request: int
         return plan
     affordable = plan.affordable_pages
     if affordable < pages_per_request:
-        raise _refusal(
+        raise DoesNotFitError(
             f"num_pages = None: one request of the longest kind needs {pages_per_request} pages of {plan.page_bytes} "
             f"bytes, the free memory allows {affordable}; lower max_model_len, max_num_batched_tokens or "
             "max_num_requests",
             replace(plan, num_pages=pages_per_request),
         )
     return replace(plan, num_pages=min(pages_per_request * max_num_requests, affordable))
-
-
-def _refusal(sentence: str, plan: MemoryPlan) -> ValueError:
-    """A log shows the notes of an error, a user is shown its sentence."""
-    error = ValueError(sentence)
-    error.add_note(plan.text())
-    return error
 
 
 def _mib(num_bytes: int) -> str:

@@ -51,7 +51,7 @@ def plan_memory(config: EngineConfig, tp: TpGroup | None = None, *, with_head: b
     tp = tp or TpGroup.single()
     target_dir, head_dir = checkpoints(config)
     device = compute_device(config)
-    target = load_target(target_dir, dtype=compute_dtype(config), device=_META, tp=tp)
+    target = load_target(target_dir, dtype=compute_dtype(config, device), device=_META, tp=tp)
     limits = StepLimits.of(config, max_model_len(config, target.config))
     items = weight_items("target", target, device)
     head: DraftHead | None = None
@@ -102,7 +102,7 @@ def plan_draft_worker(config: EngineConfig, num_pages: int) -> MemoryPlan:
     if head_dir is None:
         raise ValueError("draft_head = None: a draft worker needs a head")
     device = compute_device(config)
-    ends = load_target_ends(target_dir, dtype=compute_dtype(config), device=_META)
+    ends = load_target_ends(target_dir, dtype=compute_dtype(config, device), device=_META)
     dtype = compute_draft_dtype(config, ends.dtype, device)
     head = load_draft_head(head_dir, ends.config, dtype=dtype, device=_META, tp=TpGroup.single())
     limits = replace(StepLimits.of(config, max_model_len(config, ends.config)), tp_size=1)

@@ -7,7 +7,17 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
+import torch
+
+from jetflow_kernels.machine import machine
+
 _PAUSE_SOFT = 1
+
+
+def limit_compute_threads() -> None:
+    """At most one thread for each core that belongs to this process: torch counts those of the machine, and threads
+    beyond the quota of a control group are stopped in mid-step."""
+    torch.set_num_threads(min(torch.get_num_threads(), machine().num_cores))
 
 
 def release_compute_threads() -> None:

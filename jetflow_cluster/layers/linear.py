@@ -11,22 +11,20 @@ from torch import nn
 from jetflow_cluster.layers.inference_module import InferenceModule
 from jetflow_cluster.parallel.shard import even_slice, kv_head_slice
 from jetflow_cluster.parallel.tp_group import TpGroup
+from jetflow_kernels.machine import machine
 
 #: A checkpoint tensor by its name below the layer, its full shape, the slice to read, and where it goes.
 Piece = tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]
 
 _ALL = slice(None)
-
-
-_PACKED_DTYPES = (torch.float32, torch.bfloat16)
 #: Rows for which oneDNN is asked to lay a weight out; its layouts differ for one row and for some.
 _LAYOUT_ROWS = 64
 
 
 def is_packable(weight: torch.Tensor, device: torch.device) -> bool:
     """True when a weight of this shape and dtype, on this device, would be laid out by `pack`."""
-    has_layouts = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return device.type == "cpu" and weight.dtype in _PACKED_DTYPES and 0 not in weight.shape and has_layouts
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return device.type == "cpu" and 0 not in weight.shape and machine().has_layouts(dtype)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ _PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
 #: The model that comes with the package, and its head.
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default"
 #: Seconds for the hub to say that it has a model; files that are being fetched may take any time.
-_ANSWER_S = 4.0
+_ANSWER_S = 3.0
 
 
 def checkpoints(config: EngineConfig) -> tuple[Path, Path | None]:

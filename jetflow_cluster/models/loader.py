@@ -24,7 +24,14 @@ from jetflow_cluster.parallel.tp_group import TpGroup
 _DERIVED = ("rotary_emb.inv_freq",)
 
 
-def load_target(folder: Path, *, dtype: torch.dtype | None, device: torch.device, tp: TpGroup) -> TargetModel:
+def load_target(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    tp: TpGroup,
+    rounded_to: torch.dtype | None = None,
+) -> TargetModel:
     """Loads this rank's part of a target.
 
     Args:
@@ -32,6 +39,7 @@ def load_target(folder: Path, *, dtype: torch.dtype | None, device: torch.device
         dtype: of weights and activations; None is the checkpoint's.
         device: where to put them; on ``meta`` the checkpoint is checked and nothing is read.
         tp: the ranks that share the model.
+        rounded_to: a narrower dtype whose values the weights are given; None leaves them as stored.
 
     Raises:
         FileNotFoundError: there is no ``config.json``.
@@ -47,7 +55,8 @@ def load_target(folder: Path, *, dtype: torch.dtype | None, device: torch.device
     with torch.device("meta"):
         model = TARGETS[named](config, tp, device)
     model.checkpoint_dir = folder
-    _fill(model, folder, dtype, config.dtype, device, ("lm_head.weight",) if config.tie_word_embeddings else ())
+    ignored = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    _fill(model, folder, dtype, config.dtype, device, ignored, rounded_to=rounded_to)
     return model
 
 
@@ -83,13 +92,15 @@ def load_draft_head(
     return head
 
 
-def load_target_ends(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> TargetEnds:
+def load_target_ends(
+    folder: Path, *, dtype: torch.dtype | None, device: torch.device, rounded_to: torch.dtype | None = None
+) -> TargetEnds:
     """Loads a target's embedding and output layer alone; arguments and errors as `load_target`."""
     config = TargetConfig.from_dir(folder)
     with torch.device("meta"):
         ends = TargetEnds(config, TpGroup.single())
     ends.checkpoint_dir = folder
-    _fill(ends, folder, dtype, config.dtype, device, (), partial=True)
+    _fill(ends, folder, dtype, config.dtype, device, (), partial=True, rounded_to=rounded_to)
     return ends
 
 
@@ -185,6 +196,7 @@ def _fill(
     ignored: tuple[str, ...],
     *,
     partial: bool = False,
+    rounded_to: torch.dtype | None = None,
 ) -> None:
     """Replaces the meta tensors of `model` by the checkpoint's, which may hold more only where `model` is a part."""
     with StoredTensors.of_checkpoint(folder) as stored:
@@ -201,16 +213,17 @@ def _fill(
             # As `to_empty` does, whose copies of tensors on the meta device have torch load sympy.
             model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
             with torch.no_grad():
-                _read_pieces(list(model.pieces()), stored, folder)
+                _read_pieces(list(model.pieces()), stored, folder, rounded_to)
             for module in model.modules():
                 if isinstance(module, (Linear, ParallelLmHead)):
                     module.pack()
     model.eval()
 
 
-def _read_pieces(pieces: Sequence[Piece], stored: StoredTensors, folder: Path) -> None:
+def _read_pieces(pieces: Sequence[Piece], stored: StoredTensors, folder: Path, rounded_to: torch.dtype | None) -> None:
     progress = LoadProgress(str(folder), sum(destination.nbytes for *_, destination in pieces))
     for name, _, slices, destination in pieces:
-        destination.copy_(stored.read(name, slices))
+        values = stored.read(name, slices)
+        destination.copy_(values if rounded_to is None else values.to(rounded_to))
         progress.loaded(destination.nbytes)
     progress.end()

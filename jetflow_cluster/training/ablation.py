@@ -115,7 +115,7 @@ def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
         cells = [f"{row['acceptance'][str(n)]:.2f} ± {row['standard_error'][str(n)]:.2f}" for n in NODES]
         top = row["top1_by_depth"]
         lines.append(f"| {row['name']} | {row['steps']} | {top[0]:.3f} | {top[3]:.3f} | {cells[0]} | {cells[1]} |")
-    (folder / "ablation.md").write_text("\n".join(lines) + "\n")
+    (folder / "ablation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plot_ablation(rows, folder / "ablation.png")
 
 

@@ -118,7 +118,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         for t in config.temperatures
     }
     plot_acceptance(panels, config.output_dir / "acceptance.png")
-    (config.output_dir / "acceptance.md").write_text(markdown(result, config.budgets))
+    (config.output_dir / "acceptance.md").write_text(markdown(result, config.budgets), encoding="utf-8")
     console.print(_shown(result, config.budgets))
     return result
 

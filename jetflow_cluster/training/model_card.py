@@ -91,7 +91,8 @@ def write_model_card(folder: Path, output: Path, hardware: str) -> None:
             prompt_tokens=evaluation["prompt_tokens"],
             walked=evaluation["num_tokens"],
             acceptance=markdown(evaluation, (8, 16, 32, 64, 128, 256)).strip(),
-        )
+        ),
+        encoding="utf-8",
     )
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import shutil
 import time
 from dataclasses import replace
@@ -29,6 +27,7 @@ from jetflow_cluster.training.pretrain import PretrainConfig, pretrain
 from jetflow_cluster.training.quality import measure_quality
 from jetflow_cluster.training.regenerate import load_tokenizer
 from jetflow_cluster.training.sidecar_training import SideCarTrainingConfig, train_sidecar
+from jetflow_kernels.machine import machine
 
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "default"
 NUM_HELD_OUT_PROMPTS = 200
@@ -176,14 +175,7 @@ def hardware() -> str:
     """The machine in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    return f"{os.cpu_count()} cores of {cpu}"
+    return f"{machine().num_cores} cores of {machine().processor}"
 
 
 def main() -> None:

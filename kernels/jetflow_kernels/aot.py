@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jetflow_kernels.machine import machine
+
 #: Compute capabilities that are compiled for, with the bytes of shared memory that one block may use.
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 #: Ops that have a kernel.
@@ -140,7 +142,7 @@ def compile_all(capabilities: tuple[int, ...] = tuple(SHARED_MEMORY_BYTES)) -> I
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     num = len(shipped_configurations())
     jobs = [(index, capability) for index in range(num) for capability in capabilities]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ProcessPoolExecutor(machine().num_cores) as pool:
         yield from pool.map(_compile_nth, jobs)
 
 

@@ -85,7 +85,7 @@ def test_a_replicas_bundles(
             "one node with 3 CPU; the nodes have 2 CPU; 2 CPU",
         ),
         ("STRICT_PACK", 2, [{"CPU": 1}, {"CPU": 2}], None),
-        ("STRICT_SPREAD", 2, [{"CPU": 8}], "needs as many nodes; there are 1"),
+        ("STRICT_SPREAD", 2, [{"CPU": 8}], "need as many nodes; there are 1"),
         ("STRICT_SPREAD", 2, [{"CPU": 8}, {"CPU": 0.5}], "place was found for 1"),
         ("PACK", 1, [], "no living node"),
     ],

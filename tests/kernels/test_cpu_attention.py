@@ -82,6 +82,44 @@ def test_a_row_does_not_depend_on_the_batch(dtype: torch.dtype, head_dim: int, t
             assert torch.equal(_attend(alone), together[rows])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (80, 7), (128, 16)])
+def test_a_node_has_the_bits_of_its_token_without_the_tree(dtype: torch.dtype, head_dim: int, page_size: int) -> None:
+    """Each node of a tree, and the same keys in a row with nothing between them."""
+    num_nodes, context = 40, 53
+    case = make_case(
+        [(num_nodes, context, "tree")],
+        heads=(4, 2),
+        head_dim=head_dim,
+        page_size=page_size,
+        dtype=dtype,
+        pages_dtype=torch.float32,
+        consecutive=True,
+    )
+    out = _attend(case)
+    parents = case.plan.parents.tolist()
+    keys, values = (pages.flatten(0, 1) for pages in (case.k_pages, case.v_pages))
+    first = int(case.plan.page_table[0, 0]) * page_size
+    for node in range(num_nodes):
+        path = [node]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        slots = torch.tensor([first + i for i in (*range(context), *(context + n for n in path))])
+        num_pages = -(-len(slots) // page_size)
+        pages = torch.zeros(2, num_pages * page_size, *keys.shape[1:])
+        pages[0, : len(slots)], pages[1, : len(slots)] = keys[slots], values[slots]
+        plan = plan_tree_attention(
+            query_lens=[1],
+            context_lens=[len(slots) - 1],
+            page_table=torch.arange(num_pages, dtype=torch.int32)[None],
+            parents=torch.tensor([-1], dtype=torch.int32),
+            page_size=page_size,
+        )
+        k, v = pages.unflatten(1, (num_pages, page_size))
+        alone = AttentionCase(plan=plan, q=case.q[node : node + 1], k_pages=k, v_pages=v)
+        assert torch.equal(_attend(alone)[0], out[node]), f"node {node} of depth {len(path)}"
+
+
 def test_chains_and_trees_of_the_same_rows_agree() -> None:
     """A chain told as a tree, and rows that lie apart."""
     case = make_case([(9, 21, "chain"), (4, 0, "chain")], dtype=torch.float32)

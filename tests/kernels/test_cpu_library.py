@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from jetflow_kernels.cpu import compiler, cpu_kernels, library
+from jetflow_kernels.machine import find_compiler, machine
 from jetflow_kernels.pointwise import rms_norm
 
 _ASK = """
@@ -85,7 +86,7 @@ def test_a_compiler_that_fails(
 def compiled(needs_compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library of the machine's compiler."""
     path = tmp_path_factory.mktemp("compiled") / "library.so"
-    compiler.build(compiler.find_compiler(), (), path)
+    compiler.build(find_compiler(), machine().kernel_isa, (), path)
     return path
 
 
@@ -115,9 +116,9 @@ class TestCompiled:
         self, folder: Path, compiled: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
     ) -> None:
         monkeypatch.setattr(library, "build", lambda *arguments: shutil.copy(compiled, arguments[-1]))
-        found = compiler.find_compiler()
+        found = find_compiler()
         folder.mkdir()
-        names = [compiler.library_name(found, flags) for flags in (("-march=native", "-fopenmp"), ("-march=native",))]
+        names = [compiler.library_name(found, machine().kernel_isa, flags) for flags in (("-fopenmp",), ())]
         for name in names:
             (folder / name).write_bytes(content)
         assert library.load_cpu_kernels().functions is not None
@@ -141,16 +142,23 @@ class TestCompiled:
         assert library.load_cpu_kernels().functions is not None
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
-    def test_processors_and_flags_have_files_of_their_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        found = compiler.find_compiler()
-        names = {compiler.library_name(found, flags) for flags in ((), ("-march=native",))}
-        monkeypatch.setattr(compiler, "_processor", lambda: "another")
-        assert len(names | {compiler.library_name(found, ())}) == 3
+    def test_instruction_sets_and_flags_have_files_of_their_own(self) -> None:
+        found = find_compiler()
+        builds = [("avx512", ()), ("avx2", ()), ("avx2", ("-fopenmp",)), ("scalar", ())]
+        assert len({compiler.library_name(found, isa, flags) for isa, flags in builds}) == len(builds)
+
+    @pytest.mark.parametrize("isa", machine().isas)
+    def test_each_instruction_set_that_is_here_is_served(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, isa: str
+    ) -> None:
+        monkeypatch.setenv("JETFLOW_CPU_ISA", isa)
+        found = library.load_cpu_kernels()
+        assert found.functions is not None and found.isa == isa and isa in found.detail
 
     def test_processes_may_compile_at_once(self, folder: Path) -> None:
         commands = [subprocess.Popen([sys.executable, "-c", _ASK], stdout=subprocess.PIPE, text=True) for _ in range(2)]
         answers = [command.communicate(timeout=120)[0] for command in commands]
-        assert all(answer.startswith("True compiled by") for answer in answers), answers
+        assert all(answer.startswith(f"True {machine().kernel_isa}, compiled by") for answer in answers), answers
         assert len(list(folder.iterdir())) == 1
 
     def test_threads_compile_once(self, folder: Path, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

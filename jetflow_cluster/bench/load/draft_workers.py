@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from jetflow_cluster.engine.draft_link import DraftWorker, LinkListener
 from jetflow_cluster.engine.loading import DrafterFactory, load_draft_fuser, load_draft_worker
 from jetflow_cluster.engine.remote_drafter import RemoteDrafter
 from jetflow_cluster.models.registry import TargetModel
+from jetflow_kernels.machine import machine
 
 #: Longest wait for a worker to load its head, and for a guess, in seconds.
 _TIMEOUT_S = 120.0
@@ -30,7 +30,7 @@ def draft_workers(config: EngineConfig, num_workers: int) -> Iterator[DrafterFac
         config: of the engine.
         num_workers: at least 1.
     """
-    num_threads = max(1, (os.cpu_count() or 1) // (1 + num_workers))
+    num_threads = max(1, machine().num_cores // (1 + num_workers))
     previous, secret = torch.get_num_threads(), secrets.token_bytes(16)
     listeners: list[LinkListener] = []
     workers: list[BaseProcess] = []

@@ -2,7 +2,8 @@
  * bit whatever else is in the batch, and no request is padded to another's size.
  *
  * Scores, sums and keys are fp32. A score is the sum of 16 partial sums, added in one order; the weights are summed in
- * LANES partial sums by position, and the values position by position.
+ * LANES partial sums by place among the keys that the row sees, and the values place by place: a node of a tree has the
+ * bits that its token has without the tree.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -123,6 +124,18 @@ ROW_FUNCTION float weigh(float *scores, int64_t num_keys) {
     return sums[0];
 }
 
+/* The same of the keys that a row sees; 0 for the others. Those that it sees are summed as if no others were between
+ * them, so a node of a tree has the bits of the same token at the end of a sequence. */
+INLINE float weigh_seen(const Attention *a, const Task *task, int64_t row, float *scores) {
+    int64_t first = task->request->num_context, num_seen = first;
+    for (int64_t i = first; i < task->num_keys; i++)
+        if (sees(a, task, row, i - first)) scores[num_seen++] = scores[i];
+    float sum = weigh(scores, num_seen);
+    for (int64_t i = task->num_keys - 1; i >= first; i--)
+        scores[i] = sees(a, task, row, i - first) ? scores[--num_seen] : 0.0f;
+    return sum;
+}
+
 INLINE void attend_of(const Attention *a, const Task *task, float *scores, int num_rows, int num_vectors) {
     int64_t num_keys = task->num_keys, num_context = task->request->num_context;
     int64_t head_dim = (int64_t)num_vectors * WIDTH, key_stride = a->num_kv_heads * head_dim;
@@ -150,9 +163,7 @@ INLINE void attend_of(const Attention *a, const Task *task, float *scores, int n
     }
     float scales[MAX_ROWS];
     for (int r = 0; r < num_rows; r++) {
-        for (int64_t i = num_context; i < num_keys; i++)
-            if (!sees(a, task, task->row[r], i - num_context)) scores[r * num_keys + i] = -INFINITY;
-        scales[r] = 1.0f / weigh(scores + r * num_keys, num_keys);
+        scales[r] = 1.0f / weigh_seen(a, task, task->row[r], scores + r * num_keys);
     }
     for (int64_t from = 0, to; from < num_keys; from = to) {
         to = run_end(a, from, num_keys);

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from jetflow_kernels.cpu.compiler import Compiler, build, find_compiler, is_whole, library_folder, library_name
+from jetflow_kernels.cpu.compiler import build, is_whole, library_folder, library_name
 from jetflow_kernels.folder_lock import held
+from jetflow_kernels.machine import Compiler, find_compiler, machine
 
 _LOG = logging.getLogger(__name__)
 _LOCK = threading.Lock()
@@ -65,8 +66,10 @@ class CpuKernels:
     functions: Functions | None
     #: Who compiled them, or why there are none.
     detail: str
-    #: Tells builds apart: of other sources, by another compiler, for another processor.
+    #: Tells builds apart: of other sources, by another compiler, for another instruction set.
     name: str = ""
+    #: The instruction set, one of `machine.ISAS`; empty where there are no functions.
+    isa: str = ""
 
 
 _found: CpuKernels | None = None
@@ -104,37 +107,37 @@ def load_cpu_kernels() -> CpuKernels:
 
 def _first_that_loads(compiler: Compiler, *, has_openmp: bool) -> CpuKernels:
     """The best that the compiler can make. Raises OSError with the last reason where it can make nothing."""
-    native = ("-march=native",)
-    variants = [native, ()] if not has_openmp else [(*native, "-fopenmp"), native, ()]
+    isa = machine().kernel_isa
     reason: OSError | None = None
-    for flags in variants:
+    for flags in [("-fopenmp",), ()] if has_openmp else [()]:
         try:
-            functions = _load(compiler, flags)
+            functions = _load(compiler, isa, flags)
         except OSError as error:
-            _LOG.debug("CPU kernels with %s: %s", " ".join(flags) or "no flags", error)
+            _LOG.debug("CPU kernels for %s with %s: %s", isa, " ".join(flags) or "no flags", error)
             reason = error
         else:
-            threads = "threads" if "-fopenmp" in flags else "one thread"
+            threads = "threads" if flags else "one thread"
             return CpuKernels(
                 functions=functions,
-                detail=f"compiled by {compiler.version}, {threads}",
-                name=library_name(compiler, flags),
+                detail=f"{isa}, compiled by {compiler.version}, {threads}",
+                name=library_name(compiler, isa, flags),
+                isa=isa,
             )
     assert reason is not None
     raise reason
 
 
-def _load(compiler: Compiler, flags: tuple[str, ...]) -> Functions:
+def _load(compiler: Compiler, isa: str, flags: tuple[str, ...]) -> Functions:
     """What was compiled before, or else now. Raises OSError where that cannot be compiled or loaded."""
     with library_folder() as folder:
-        path = folder / library_name(compiler, flags)
+        path = folder / library_name(compiler, isa, flags)
         found = _kept(path)
         if found is None:
             # Processes that start together would else compile the same at the same time.
             with held(folder, _OTHERS_LIMIT_S):
                 found = _kept(path)
                 if found is None:
-                    build(compiler, flags, path)
+                    build(compiler, isa, flags, path)
                     found = _declared(path)
         return found
 
