@@ -313,6 +313,7 @@ bench_app.command(
     "step", epilog="Example:\n\n  jetflow bench step --shape qwen3-8b --num-nodes 1,128 --output out/step"
 )(cli_bench.step)
 bench_app.command("stack", epilog="Example:\n\n  jetflow bench stack --output out/stack")(cli_bench.stack)
+bench_app.command("start", epilog="Example:\n\n  jetflow bench start --output out/start")(cli_bench.start)
 bench_app.command("load", epilog="Example:\n\n  jetflow bench load --output out/load")(cli_load.load)
 bench_app.command("serve", epilog="Example:\n\n  jetflow bench serve --output out/serve --concurrency 1,8")(
     cli_load.serve

@@ -1,4 +1,4 @@
-"""``jetflow bench``: router, step and stack."""
+"""``jetflow bench``: router, step, stack and start."""
 
 from __future__ import annotations
 
@@ -61,6 +61,22 @@ def stack(
             f"CPU ms per token: {', '.join(f'{name} {ms:.2f}' for name, ms in row['cpu_ms_per_token'].items())}"
         )
     stdout.print(f"wrote {output / 'results.json'} and {output / 'serve.png'}")
+
+
+def start(
+    output: Output,
+    num_rounds: Annotated[int, typer.Option(min=1, help="Starts of each kind.")] = 2,
+    before: Annotated[Path | None, typer.Option(help="Another checkout, whose starts are measured as well.")] = None,
+) -> None:
+    """Measure how long a server takes to start, by phase, beside an empty application with as many actors.
+
+    A first start has nothing measured and nothing compiled; a second one finds what the first one kept.
+    """
+    from jetflow_cluster.bench.start import StartBenchConfig, run_start_bench, start_table
+
+    config = StartBenchConfig(output_dir=output, num_rounds=num_rounds, before=before)
+    stdout.print(start_table(run_start_bench(config, stderr)["rows"]))
+    stdout.print(f"wrote {output / 'results.json'} and {output / 'start.png'}")
 
 
 def step(

@@ -15,7 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from jetflow_cluster.bench.panels import PANELS, grafana, metrics_of
 from jetflow_cluster.cluster.config import ClusterConfig
-from jetflow_cluster.cluster.launch import RAY_ENVIRONMENT
+from jetflow_cluster.cluster.ray_options import RAY_ENVIRONMENT
 from jetflow_cluster.metrics import CATALOGUE, HISTOGRAM
 from support.operator_fields import schema_of
 

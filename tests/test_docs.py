@@ -80,7 +80,7 @@ def test_a_command_is_one_that_its_program_takes(page: str, words: list[str]) ->
         parse(serve_cli, rest)
     elif program == "export":
         dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
-        from jetflow_cluster.cluster.launch import RAY_ENVIRONMENT
+        from jetflow_cluster.cluster.ray_options import RAY_ENVIRONMENT
 
         for setting in rest:
             name, value = setting.split("=")

@@ -80,6 +80,15 @@ class EngineReplica:
             agreed: Arithmetic = asked.result(_AGREE_TIMEOUT_S)
         return agreed
 
+    async def check_health(self) -> None:
+        """Answered on Serve's event loop: one that is stuck answers no more, as one that is stopped.
+
+        Raises:
+            RuntimeError: the replica reports to nobody any more.
+        """
+        if self._task is not None and self._task.done():
+            raise RuntimeError(f"{self._id}: reports no more")
+
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve's autoscaling policy is given; see `cluster.autoscaling`."""
         assert self._actors is not None

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import secrets
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,26 +17,12 @@ from jetflow_cluster.cluster.app import build_app
 from jetflow_cluster.cluster.config import ClusterConfig
 from jetflow_cluster.cluster.failures import LostError, read_failure
 from jetflow_cluster.cluster.placement import replica_shape
+from jetflow_cluster.cluster.ray_options import start_ray
 from jetflow_cluster.env import read_environment
 from jetflow_cluster.router.ports import claim
-from jetflow_cluster.rpc import GRPC_ENVIRONMENT
-from jetflow_kernels.machine import machine
 
 _log = logging.getLogger(__name__)
 APP_NAME = "jetflow"
-#: What Ray's processes must find in their environment, so that stopped ones are replaced like dead ones, and routers
-#: spend little on a delta. A replica that fails its health checks gets no time to drain, and a process that does not
-#: end is killed behind half a second.
-RAY_ENVIRONMENT = {
-    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-    "RAY_kill_worker_timeout_milliseconds": "500",
-    "RAY_worker_niceness": "0",
-    # Serve's controller looks at everything this often; its own choice of 0.1 takes 3 % of a core.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
-    **GRPC_ENVIRONMENT,
-    # Load is told to the autoscaling policy this often, in seconds.
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-}
 _READY_TIMEOUT_S = 1800.0
 _LOOK_S = 0.1
 _MAX_TRACE_CALLS = 50
@@ -71,43 +54,16 @@ def connect(
         ray.init(address=address, configure_logging=False, log_to_driver=log_to_driver)
         return
     bundles = replica_shape(config, cluster_has_gpus=False).bundles
-    os.environ.update(RAY_ENVIRONMENT)
-    _keep_token()
     _compile_meanwhile()
     wanted = (config.max_replicas or config.num_replicas) * sum(bundle["CPU"] for bundle in bundles)
     claimed = claim(metrics_port) if metrics_port is not None else None
     if claimed is not None:
         _claims.append(claimed)
-    try:
-        ray.init(
-            # Without it Ray joins whatever somebody started on this machine with `ray start`.
-            address="local",
-            num_cpus=max(machine().num_cores, math.ceil(wanted)),
-            include_dashboard=False,
-            configure_logging=False,
-            log_to_driver=log_to_driver,
-            _metrics_export_port=metrics_port if claimed is not None else None,
-        )
-    except (ValueError, OSError, RuntimeError):
-        raise
-    except Exception as error:
-        # Ray has no class for a node that does not start.
-        raise RuntimeError(f"Ray could not be started: {error}") from error
-
-
-def _keep_token() -> None:
-    """Ray keeps a cluster's token in the home folder. Where that cannot be written, this process and its children have
-    one in their environment, and other commands of Ray cannot join the cluster."""
-    if any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
-        return
-    try:
-        folder = Path.home() / ".ray"
-        folder.mkdir(parents=True, exist_ok=True)
-        is_kept = (folder / "auth_token").exists() or os.access(folder, os.W_OK)
-    except (OSError, RuntimeError):
-        is_kept = False
-    if not is_kept:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    start_ray(
+        math.ceil(wanted),
+        log_to_driver=log_to_driver,
+        metrics_port=metrics_port if claimed is not None else None,
+    )
 
 
 def _compile_meanwhile() -> None:

@@ -20,11 +20,14 @@ def ray_output_in(path: Path) -> Iterator[None]:
     with path.open("w", encoding="utf-8", buffering=1) as file:
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logger = logging.getLogger("ray")
-        previous = logger.handlers[:], logger.propagate
-        logger.handlers[:], logger.propagate = [handler], False
+        # Serve's has handlers of its own, and passes nothing on.
+        loggers = [logging.getLogger(name) for name in ("ray", "ray.serve")]
+        previous = [(logger.handlers[:], logger.propagate) for logger in loggers]
+        for logger in loggers:
+            logger.handlers[:], logger.propagate = [handler], False
         try:
             with redirect_stdout(file), redirect_stderr(file):
                 yield
         finally:
-            logger.handlers[:], logger.propagate = previous
+            for logger, (handlers, propagates) in zip(loggers, previous, strict=True):
+                logger.handlers[:], logger.propagate = handlers, propagates

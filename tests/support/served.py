@@ -19,7 +19,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from jetflow_cluster import LLM, SamplingParams, SpeculationOptions
-from jetflow_cluster.cluster.launch import RAY_ENVIRONMENT
+from jetflow_cluster.cluster.ray_options import RAY_ENVIRONMENT
 from jetflow_cluster.rpc.client import JetFlowClient
 
 APP = "test"
