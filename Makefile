@@ -80,7 +80,7 @@ lossless: $(STAMP) ## The whole proof that speculation changes no token (up to a
 	$(RUN)/python -m pytest -q -rP -m "not slow" tests/lossless tests/distribution
 
 cluster: $(STAMP) ## The slow tests: served shapes, lost processes, cancels, fuzzed requests, the pages' commands, the image (half an hour)
-	$(RUN)/python -m pytest -q -m slow tests/cluster tests/router tests/test_docs.py tests/test_image.py
+	$(RUN)/python -m pytest -q -m slow tests/cluster tests/router tests/test_docs.py tests/test_failed_starts.py tests/test_image.py
 
 bench: $(STAMP) ## Measure against transformers on this machine; figures in out/bench
 	$(RUN)/jetflow bench offline --output $(OUT)/bench
