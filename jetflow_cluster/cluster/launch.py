@@ -67,6 +67,8 @@ def connect(
     _compile_meanwhile()
     wanted = (config.max_replicas or config.num_replicas) * sum(bundle["CPU"] for bundle in bundles)
     ray.init(
+        # Without it Ray would join a cluster that somebody has started on this machine.
+        address="local",
         num_cpus=max(machine().num_cores, math.ceil(wanted)),
         include_dashboard=False,
         configure_logging=False,
