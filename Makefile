@@ -84,7 +84,8 @@ processors: $(STAMP) ## The C kernels on SSE4.2, AVX2 and aarch64 by QEMU, and o
 	$(RUN)/python -m pytest -q -rs -m "processors or not processors" tests/kernels/test_processors.py
 
 cluster: $(STAMP) ## The slow tests: served shapes, lost processes, cancels, fuzzed requests, the pages' commands, the image (half an hour)
-	$(RUN)/python -m pytest -q -m slow tests/cluster tests/router tests/test_docs.py tests/test_image.py tests/test_wheel.py
+	$(RUN)/python -m pytest -q -m slow tests/cluster tests/router tests/test_docs.py tests/test_failed_starts.py \
+	  tests/test_image.py tests/test_wheel.py
 
 bench: $(STAMP) ## Measure against transformers on this machine; figures in out/bench
 	$(RUN)/jetflow bench offline --output $(OUT)/bench

@@ -152,7 +152,7 @@ def test_before_ray(row: Row, outcomes: dict[str, Future]) -> None:
 def ray_address(environment: dict[str, str]) -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
-    from jetflow_cluster.cluster.launch import RAY_ENVIRONMENT
+    from jetflow_cluster.cluster.ray_options import RAY_ENVIRONMENT
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (RAY_ENVIRONMENT | {"PYTHONPATH": environment["PYTHONPATH"]}).items():
@@ -211,10 +211,12 @@ def test_the_status_has_the_sentence(ray_address: str) -> None:
         serve.start(proxy_location="Disabled")
         app = build_app({"model": "/nowhere", "grpc_port": _free_port(), "http_port": None})
         serve.run_many([serve.RunTarget(app, name="failing", route_prefix=None)], wait_for_applications_running=False)
-        deadline, messages = time.monotonic() + 45, list[str]()
+        deadline, messages = time.monotonic() + 120, list[str]()
         while time.monotonic() < deadline and len(messages) < 2:
             found = serve.status().applications["failing"].deployments
-            messages = [found[name].message for name in ("EngineReplica", "Router") if found[name].message]
+            # Serve says other things in between, as that a start takes long.
+            told = [found[name].message for name in ("EngineReplica", "Router")]
+            messages = [message for message in told if read_failure(message) is not None]
             time.sleep(0.2)
         for message in messages:
             assert "Traceback" not in message
