@@ -1,4 +1,4 @@
-/* Makes recorded calls of the CPU kernels on this processor and writes what they answer: tests/support/recorded_calls.py.
+/* Makes recorded calls of the CPU kernels on this processor and writes what they answer (support/recorded_calls.py).
  *
  * Every buffer ends where memory that may not be touched begins, so a kernel that reads or writes past one is killed.
  * SPARE bytes lie between for an emulator that reads too much itself: the scalar vfmadd of QEMU 7.2 reads 16 bytes.
