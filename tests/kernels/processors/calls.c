@@ -1,4 +1,4 @@
-/* Makes recorded calls of the CPU kernels on this processor and writes what they answer: tests/support/recorded_calls.py.
+/* Makes recorded calls of the CPU kernels on this processor and writes what they answer (support/recorded_calls.py).
  *
  * Every buffer ends where memory that may not be touched begins, so a kernel that reads or writes past one is killed.
  * SPARE bytes lie between for an emulator that reads too much itself: the scalar vfmadd of QEMU 7.2 reads 16 bytes.
@@ -86,8 +86,8 @@ static int64_t call(const char *name, Argument *a) {
     } else if (!strcmp(name, "silu_mul")) {
         silu_mul(P(0), I(1), P(2), I(3), I(4), N(5), N(6));
     } else if (!strcmp(name, "qk_norm_rope_store")) {
-        return qk_norm_rope_store(P(0), I(1), P(2), P(3), P(4), P(5), P(6), P(7), P(8), I(9), I(10), I(11), I(12), I(13),
-                                  F(14), N(15), N(16), N(17));
+        return qk_norm_rope_store(P(0), I(1), P(2), P(3), P(4), P(5), P(6), P(7), P(8), I(9), I(10), I(11), I(12),
+                                  I(13), F(14), N(15), N(16), N(17));
     } else if (!strcmp(name, "tree_attention")) {
         return tree_attention(P(0), I(1), P(2), P(3), P(4), P(5), P(6), P(7), P(8), I(9), I(10), I(11), I(12), I(13),
                               I(14), I(15), I(16), I(17), F(18), N(19), N(20));
