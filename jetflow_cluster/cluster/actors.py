@@ -16,11 +16,25 @@ from jetflow_kernels.machine import Arithmetic
 
 
 class ShardActor:
-    """A `TargetShard` in a process of its own."""
+    """A `TargetShard` in a process of its own.
 
-    def __init__(self, config: ClusterConfig, rank: int, replica_id: str):
+    Args:
+        config: as `TargetShard` has it.
+        rank: likewise.
+        replica_id: likewise.
+        agreed: what it is to compute in; None is what its processor does by itself.
+    """
+
+    def __init__(self, config: ClusterConfig, rank: int, replica_id: str, agreed: Arithmetic | None):
         observe_process(config, {"replica_id": replica_id, "process": f"shard {rank}"})
         self._name = f"shard {rank} of replica {replica_id}"
+        self._refusal: ValueError | None = None
+        try:
+            # Before torch is loaded, which reads its environment once.
+            if agreed is not None:
+                agreed.apply()
+        except ValueError as error:
+            self._refusal = error
         from jetflow_cluster.cluster.shard import TargetShard
 
         metrics = RayMetrics({"replica_id": replica_id}) if rank == 0 else None
@@ -42,8 +56,14 @@ class ShardActor:
             return self._shard.serve()
 
     def arithmetic(self) -> Arithmetic:
-        """See `TargetShard.arithmetic`."""
+        """See `TargetShard.arithmetic`.
+
+        Raises:
+            StartError: it cannot compute in what was agreed.
+        """
         with starting(self._name):
+            if self._refusal is not None:
+                raise self._refusal
             return self._shard.arithmetic()
 
     def place(self) -> Place:

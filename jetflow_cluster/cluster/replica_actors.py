@@ -117,7 +117,7 @@ class ReplicaActors:
         self._group = placement_group(self._shape.bundles, strategy=self._config.placement_strategy)
         self._wait_for_group(self._group)
         begin("processes")
-        shards = self._make_shards({})
+        shards = self._make_shards(None)
         # Their processes start meanwhile.
         workers = {f"draft worker {index}": self._make_worker(index) for index in range(self._config.num_draft_workers)}
         self._note_made(shards | workers)
@@ -215,11 +215,9 @@ class ReplicaActors:
             return Place(node=nodes.get(node_id, "unknown"), pid=0, log=str(Path(own_place().log).parent))
         return found
 
-    def _make_shards(self, variables: Mapping[str, str]) -> dict[str, Any]:
+    def _make_shards(self, agreed: Arithmetic | None) -> dict[str, Any]:
         return {
-            f"shard {rank}": self._make(
-                ShardActor, rank, resources, self._config, rank, self._replica_id, variables=variables
-            )
+            f"shard {rank}": self._make(ShardActor, rank, resources, self._config, rank, self._replica_id, agreed)
             for rank, resources in enumerate(self._shape.shards)
         }
 
@@ -251,7 +249,7 @@ class ReplicaActors:
         _log.info("%s: shards start again, to compute in %s", self._replica_id, agreed)
         for shard in shards.values():
             ray.kill(shard)
-        shards = self._make_shards(agreed.variables)
+        shards = self._make_shards(agreed)
         self._note_made(shards | workers)
         first = f"the deployment's first replica computes in {agreed}, and streams must be able to go on here"
         try:
@@ -264,11 +262,8 @@ class ReplicaActors:
                 raise StartError(f"{where}: computes in {other}; {first}")
         return shards
 
-    def _make(
-        self, kind: type, bundle: int, resources: Resources, *args: Any, variables: Mapping[str, str] | None = None
-    ) -> Any:
+    def _make(self, kind: type, bundle: int, resources: Resources, *args: Any) -> Any:
         actor = ray.remote(kind).options(
-            runtime_env={"env_vars": dict(variables)} if variables else None,
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
             max_concurrency=8,

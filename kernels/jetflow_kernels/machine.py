@@ -152,12 +152,29 @@ class Arithmetic:
             return f"{self.dtype} on {self.gpu}"
         return f"{self.dtype}, kernels {self.kernels or 'none'}, oneDNN {self.onednn or 'none'}, torch {self.aten}"
 
-    @property
-    def variables(self) -> dict[str, str]:
-        """The environment in which a CPU that is able to computes so."""
+    def apply(self) -> None:
+        """Has this process compute so, by its environment. Nothing may have computed in it yet.
+
+        Raises:
+            ValueError: its processor, or its environment so far, is narrower.
+        """
+        here = machine()
+        narrower = here.isas[here.isas.index(here.kernel_isa) :]
+        levels = (*ISAS[:2], "default")
+        if self.gpu or not (
+            (not self.kernels or self.kernels in narrower)
+            and (not self.onednn or _level_index(self.onednn) <= _level_index(here.onednn_level))
+            and levels.index(self.aten) >= levels.index(here.aten_level)
+        ):
+            own = f"kernels {here.kernel_isa}, oneDNN {here.onednn_level or 'none'}, torch {here.aten_level}"
+            raise ValueError(f"{here.processor} has no more than {own}: it cannot compute in {self}")
         kernels = {"JETFLOW_CPU_ISA": self.kernels} if self.kernels else {"JETFLOW_CPU_KERNELS": "0"}
         onednn = {"ONEDNN_MAX_CPU_ISA": self.onednn} if self.onednn else {}
-        return {} if self.gpu else kernels | onednn | {"ATEN_CPU_CAPABILITY": self.aten}
+        os.environ.update(kernels | onednn | {"ATEN_CPU_CAPABILITY": self.aten})
+
+
+def _level_index(level: str) -> int:
+    return _ONEDNN_LEVELS.index(level) if level in _ONEDNN_LEVELS else -1
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
 from ray import serve
@@ -40,9 +41,32 @@ def test_the_first_replica_decides_until_none_of_its_deployment_is_left(monkeypa
     asyncio.run(check())
 
 
-def test_variables_make_a_wider_processor_compute_as_a_narrower_one() -> None:
-    assert NARROW.variables == AVX2_NODE
-    assert Arithmetic(dtype="float32", onednn="AVX2", aten="avx2").variables["JETFLOW_CPU_KERNELS"] == "0"
+@pytest.mark.parametrize(
+    ("variables", "wanted", "is_able"),
+    [
+        ({}, NARROW, True),
+        (AVX2_NODE, NARROW, True),
+        (AVX2_NODE, WIDE, False),
+        ({"ATEN_CPU_CAPABILITY": "default"}, NARROW, False),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, WIDE, False),
+        ({}, Arithmetic(dtype="bfloat16", gpu="sm_90"), False),
+    ],
+)
+@pytest.mark.skipif("avx512" not in machine().isas, reason="this processor has no AVX-512")
+def test_only_what_is_wider_can_compute_as_another(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], wanted: Arithmetic, is_able: bool
+) -> None:
+    for name in AVX2_NODE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if not is_able:
+        with pytest.raises(ValueError, match=f"has no more than kernels .* it cannot compute in {wanted}"):
+            wanted.apply()
+        return
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    wanted.apply()
+    assert AVX2_NODE.items() <= os.environ.items()
     assert str(NARROW) == "float32, kernels avx2, oneDNN AVX2, torch avx2"
 
 
@@ -61,10 +85,10 @@ def test_a_replica_on_another_kind_of_node(checkpoints: tuple[str, str], first: 
         def message() -> str:
             return str(serve.status().applications[APP].deployments["EngineReplica"].message)
 
-        wait_until(lambda: len(replicas()) == 2 or "first replica" in message(), 90)
+        wait_until(lambda: len(replicas()) == 2 or "first replica" in message(), 120)
         if first == "narrow":
             assert {str(replica["arithmetic"][1]) for replica in replicas().values()} == {str(NARROW)}
         else:
-            assert "JETFLOW_CPU_ISA = 'avx512': this processor" in message()
+            assert "has no more than kernels avx2, oneDNN AVX2, torch avx2" in message()
             assert f"the deployment's first replica computes in {WIDE}" in message()
             assert len(replicas()) == 1
