@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -70,7 +72,11 @@ def _compile_meanwhile() -> None:
     """On a machine that has compiled no kernels yet, has them compiled while Ray starts. Shards wait for what is being
     compiled, and compile what is missing."""
     environment = read_environment()
-    if environment.cpu_kernels and not any((environment.cache_dir / "kernels").glob("*.so")):
+    folder = environment.cache_dir.expanduser() / "kernels"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    # What cannot be kept is of use to no other process.
+    if environment.cpu_kernels and os.access(folder, os.W_OK) and not any(folder.glob("*.so")):
         command = [sys.executable, "-c", "from jetflow_kernels.cpu import cpu_kernels; cpu_kernels()"]
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

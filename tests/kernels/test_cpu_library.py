@@ -155,11 +155,19 @@ class TestCompiled:
         found = library.load_cpu_kernels()
         assert found.functions is not None and found.isa == isa and isa in found.detail
 
-    def test_processes_may_compile_at_once(self, folder: Path) -> None:
+    def test_of_processes_that_start_at_once_one_compiles(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log, program = tmp_path / "calls", tmp_path / "logging-cc"
+        program.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {shutil.which("cc") or shutil.which("gcc")} "$@"\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("CC", str(program))
         commands = [subprocess.Popen([sys.executable, "-c", _ASK], stdout=subprocess.PIPE, text=True) for _ in range(2)]
         answers = [command.communicate(timeout=120)[0] for command in commands]
         assert all(answer.startswith(f"True {machine().kernel_isa}, compiled by") for answer in answers), answers
         assert len(list(folder.iterdir())) == 1
+        linked = [line for line in log.read_text().splitlines() if "-shared" in line]
+        assert len(linked) == 1
 
     def test_threads_compile_once(self, folder: Path, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = []
