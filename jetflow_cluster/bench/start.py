@@ -162,6 +162,8 @@ def _measure_once(arguments: Sequence[str], variables: Mapping[str, str], tree: 
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
+        # Ray's processes look in the folder of the command first.
+        cwd=tree,
     )
 
     def read() -> None:
