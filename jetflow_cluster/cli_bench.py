@@ -107,14 +107,16 @@ def step(
     from jetflow_cluster.engine.resolve import compute_device, compute_dtype
 
     engine = EngineConfig(dtype=dtype.value, device=device)
+    # Floors need no device: they may be those of another machine.
+    where = torch.device(device) if floor_only and device != "auto" else compute_device(engine)
     config = StepBenchConfig(
         output_dir=output,
         shape=shape,
         batch_sizes=opt.read_numbers("batch_sizes", batch_sizes),
         num_nodes=opt.read_numbers("num_nodes", num_nodes),
         prefix_lens=opt.read_numbers("prefix_lens", prefix_lens),
-        dtype=compute_dtype(engine, compute_device(engine)) or torch.bfloat16,
-        device=compute_device(engine),
+        dtype=compute_dtype(engine, where) or torch.bfloat16,
+        device=where,
         page_size=page_size,
         repeats=repeats,
         floor_only=floor_only,

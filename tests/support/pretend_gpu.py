@@ -68,6 +68,9 @@ class PretendGpu(TorchFunctionMode):
         return _run(func, args, kwargs or {}, self.waits)
 
 
+_DEVICE = {"name": "pretended", "total_memory": 2**32, "multi_processor_count": 132}
+
+
 @contextmanager
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
     """Has ``device="cuda"`` mean this one. Steps are executed where they would be recorded."""
@@ -80,10 +83,11 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
         monkeypatch.setattr(torch.cuda, name, _nothing, raising=False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**32, 2**32))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch, "Generator", _Generator)
     monkeypatch.setattr(flex_attention, "create_block_mask", _dense_mask)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: _attend_densely)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**_DEVICE))
     for user in (loading, step_engine):
         monkeypatch.setattr(user, "CudaGraphs", lambda device: Executing())
     for name, standing in _KERNELS.items():

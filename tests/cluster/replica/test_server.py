@@ -18,6 +18,7 @@ from jetflow_cluster.cluster.replica.config import ReplicaServerConfig
 from jetflow_cluster.cluster.replica.server import HEALTH_SERVICE, ReplicaServer
 from jetflow_cluster.cluster.replica.servicer import ReplicaServicer
 from jetflow_cluster.engine.frontend import EngineFrontend
+from jetflow_cluster.engine.resolve import arithmetic
 from jetflow_cluster.rpc.convert import sampling_to_proto
 from jetflow_cluster.rpc.v1 import inference_pb2 as pb
 from jetflow_cluster.rpc.v1 import replica_pb2 as rpb
@@ -267,7 +268,8 @@ def test_describe(frontend: EngineFrontend, fp64_target: Path) -> None:
             router = RouterStream(server.port)
             card = await router.stub.Describe(pb.GetModelCardRequest(model="tiny"))
             assert card.version
-            card.version = ""
+            assert card.arithmetic == str(arithmetic(frontend.config)) and card.arithmetic.startswith("float64, ")
+            card.version = card.arithmetic = ""
             assert card == pb.ModelCard(
                 model="tiny",
                 architecture="Qwen3ForCausalLM",
