@@ -24,6 +24,7 @@ from jetflow_cluster.engine.recorded_steps import RecordedSteps
 from jetflow_cluster.engine.recording import CudaGraphs
 from jetflow_cluster.engine.resolve import (
     HALF_DTYPES,
+    arithmetic,
     compute_device,
     compute_draft_dtype,
     compute_dtype,
@@ -264,6 +265,7 @@ def _load_parts(config: EngineConfig, tp: TpGroup, *, with_head: bool) -> _Parts
         )
     target_dir, head_dir = checkpoints(config)
     device = compute_device(config)
+    _log.info("computes in %s", arithmetic(config))
     memory = plan_memory(config, tp, with_head=with_head)
     _log.info("memory of rank %d\n%s", tp.rank, memory.text())
     _log.log(logging.WARNING if config.dtype in HALF_DTYPES else logging.INFO, describe_dtype(config, device))

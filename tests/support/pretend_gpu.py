@@ -84,6 +84,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**32, 2**32))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch, "Generator", _Generator)
     monkeypatch.setattr(flex_attention, "create_block_mask", _dense_mask)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: _attend_densely)
