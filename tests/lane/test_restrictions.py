@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jetflow_kernels.machine import machine
+from jetflow_kernels.machine import find_compiler, machine
 from support.lane_run import NUM_TOKENS
 
 pytestmark = pytest.mark.lane
@@ -48,6 +48,14 @@ def run(
     return found
 
 
+def has_compiler() -> bool:
+    try:
+        find_compiler()
+    except OSError:
+        return False
+    return True
+
+
 def first_core() -> str:
     return str(min(os.sched_getaffinity(0)))
 
@@ -69,7 +77,7 @@ def test_on_another_processor(
     if isa not in machine().isas:
         pytest.skip(f"{machine().processor} has no {isa}")
     found = run(variables, tmp_path)
-    assert found["isa"] == isa
+    assert found["isa"] == (isa if has_compiler() else "")
     assert onednn is None or (found["onednn"], found["bfloat16"]) == (onednn, bf16)
 
 
