@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jetflow_cluster import LLM, RequestOutput, SamplingParams
+from support.lane_run import has_compiler
 
 pytestmark = pytest.mark.lane
 
@@ -38,6 +39,8 @@ def generate(
     output, errors = done.stdout.decode("ascii", "surrogateescape"), done.stderr.decode(errors="replace")
     assert done.returncode == 0, output + errors
     assert "Traceback" not in errors
+    if not has_compiler():
+        errors = "".join(line for line in errors.splitlines(True) if "no C compiler" not in line)
     return output, errors
 
 
@@ -64,7 +67,7 @@ def test_checkout_and_cache_in_paths_with_spaces(tmp_path: Path, plain: dict[str
     output, errors = generate(PROMPT, ["--json"], {"JETFLOW_CACHE_DIR": str(cache)}, tmp_path, package)
     assert json.loads(output)["token_ids"] == plain[PROMPT].token_ids
     assert errors == "" and list(cache.glob("costs/*.json"))
-    assert list(cache.glob("kernels/*.so")) or shutil.which("cc") is None
+    assert bool(list(cache.glob("kernels/*.so"))) is has_compiler()
 
 
 @pytest.mark.parametrize("options", [["--json"], ["--stats", "--speculation", "off"]], ids=["json", "text"])

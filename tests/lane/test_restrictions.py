@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from jetflow_kernels.machine import find_compiler, machine
-from support.lane_run import NUM_TOKENS
+from jetflow_kernels.machine import machine
+from support.lane_run import NUM_TOKENS, has_compiler
 
 pytestmark = pytest.mark.lane
 
@@ -46,14 +46,6 @@ def run(
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert {len(tokens) for tokens in found["tokens"].values()} == {NUM_TOKENS}
     return found
-
-
-def has_compiler() -> bool:
-    try:
-        find_compiler()
-    except OSError:
-        return False
-    return True
 
 
 def first_core() -> str:

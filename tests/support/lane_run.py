@@ -10,11 +10,20 @@ import json
 from jetflow_cluster import SamplingParams
 from jetflow_cluster.cli import app
 from jetflow_kernels.cpu import cpu_kernels
-from jetflow_kernels.machine import machine
+from jetflow_kernels.machine import find_compiler, machine
 from support.same_outputs import check_same_outputs, held_out_prompts
 
 PROMPT = "def quicksort(items):"
 NUM_TOKENS = 16
+
+
+def has_compiler() -> bool:
+    """Whether CPU kernels can be compiled here."""
+    try:
+        find_compiler()
+    except OSError:
+        return False
+    return True
 
 
 def generated(*options: str) -> list[int]:
