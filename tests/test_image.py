@@ -144,7 +144,7 @@ def test_two_users_serve_at_the_same_time(image: Image, tmp_path: Path) -> None:
     with running(image, tmp_path / "log", "sleep", "infinity") as container:
         for name in ports:
             output_of(container, "/usr/sbin/useradd", "--create-home", name, user="root")
-        # As somebody else's `ray start` leaves it behind.
+        # As somebody else's `ray start` leaves it.
         shared = image.root / "tmp" / "ray"
         shared.mkdir(exist_ok=True)
         shared.chmod(0o777)

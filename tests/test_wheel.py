@@ -32,7 +32,7 @@ LIMIT_BYTES = 4 * 2**30
 
 @dataclass(frozen=True)
 class Installed:
-    """A wheel, and a virtual environment in which it is all that is installed anew."""
+    """A wheel, and a virtual environment in which it is all that is newly installed."""
 
     wheel: Path
     python: Path

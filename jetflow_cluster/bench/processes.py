@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-#: By what a process is told from others: the beginning of its title, or a part of its command line.
+#: What distinguishes a process: the beginning of its title, or a part of its command line.
 _KINDS: Mapping[str, str] = {
     "ray::ShardActor": "shards",
     "ray::DraftActor": "draft workers",

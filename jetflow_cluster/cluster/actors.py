@@ -91,7 +91,7 @@ class ShardActor:
         self._shard.drain()
 
     def live(self) -> None:
-        """Never returns, so that its end tells the owner of the actor's death."""
+        """Never returns, so that its end reports the actor's death to the owner."""
         threading.Event().wait()
 
 

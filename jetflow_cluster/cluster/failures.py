@@ -72,7 +72,7 @@ def starting(name: str) -> Iterator[None]:
 
 
 def read_failure(message: str) -> StartError | None:
-    """The error that a status message of Serve tells of; None where it tells of none of this module's."""
+    """The error that a status message of Serve names; None where it names none of this module's."""
     kinds = {kind.__name__: kind for kind in (StartError, LostError)}
     found = re.search(rf"{re.escape(__name__)}\.({'|'.join(kinds)}): (.+)$", message, re.MULTILINE)
     return kinds[found[1]](found[2]) if found is not None else None

@@ -15,7 +15,7 @@ _WARNING = re.compile(r'"level": "WARNING"|^\S*\(.*\)\S* [\d-]+ [\d:,]+ WARNING 
 
 class RayLines:
     """A stream that Ray may print to: lines of this project's processes are let through, and only warnings while
-    the cluster starts, for errors are then told by whoever started it. All lines are in Ray's files too.
+    the cluster starts, for errors are then reported by what started it. All lines are in Ray's files too.
 
     Args:
         stream: where the rest goes, as does what is no such line.

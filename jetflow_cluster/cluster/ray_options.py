@@ -13,7 +13,7 @@ from jetflow_kernels.machine import machine
 
 #: What Ray's processes must find in their environment, so that stopped ones are replaced like dead ones, and routers
 #: spend little on a delta. A replica that fails its health checks gets no time to drain, and a process that does not
-#: end is killed behind half a second.
+#: end is killed after half a second.
 RAY_ENVIRONMENT = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "RAY_kill_worker_timeout_milliseconds": "500",
@@ -21,7 +21,7 @@ RAY_ENVIRONMENT = {
     # Serve's controller looks at everything this often; its own choice of 0.1 takes 3 % of a core.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
     **GRPC_ENVIRONMENT,
-    # Load is told to the autoscaling policy this often, in seconds.
+    # Load is reported to the autoscaling policy this often, in seconds.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
 }
 

@@ -178,14 +178,14 @@ class ReplicaActors:
             raise LostError(f"{wanted} {waited}; log: {own_place().log}") from None
 
     def _results(self, calls: Mapping[str, Any], on_phase: Callable[[str], None]) -> list[Any]:
-        """What these actors answer, each to one call; meanwhile the phases of shard 0 are told.
+        """What these actors answer, each to one call; meanwhile the phases of shard 0 are reported.
 
         Raises:
             StartError: the first that failed; rather one that says why than one that is gone, perhaps because of it.
         """
         names = {answer: name for name, answer in calls.items()}
         waiting, failures = list(names), list[StartError]()
-        deadline, told, asked = math.inf, "", self._made["shard 0"].phase.remote()
+        deadline, shown, asked = math.inf, "", self._made["shard 0"].phase.remote()
         while waiting and time.monotonic() < deadline:
             ended, waiting = ray.wait(waiting, timeout=_PHASE_S)
             for answer in ended:
@@ -197,8 +197,8 @@ class ReplicaActors:
                     deadline = min(deadline, time.monotonic() + _CAUSE_S)
             if not failures and ray.wait([asked], timeout=0)[0]:
                 phase, asked = _phase(asked), self._made["shard 0"].phase.remote()
-                if phase and phase != told:
-                    told = phase
+                if phase and phase != shown:
+                    shown = phase
                     on_phase(phase)
         if failures:
             raise next((each for each in failures if not isinstance(each, LostError)), failures[0])

@@ -38,7 +38,7 @@ SUSPICIOUS_ACCEPTANCE = 1.1
 _BELIEVED = 1.5
 #: Steps of each size, and of those up to so many rows: the choice at small loads is among these, and they take little.
 _NUM_TIMES, _NUM_TIMES_FEW, _FEW_ROWS = 3, 6, 32
-#: Seconds of one size's steps after which the next is taken up: on a slow or busy machine one long step tells as much,
+#: Seconds of one size's steps after which the next is taken up: on a slow or busy machine one long step shows as much,
 #: and all sizes would take minutes.
 _CELL_S = 0.5
 

@@ -143,7 +143,7 @@ def _attentions(calls: list[Call]) -> None:
 
 def _add_attention(calls: list[Call], requests: Requests, dtype: torch.dtype, shape: dict) -> None:
     """The batch; of each request all of it, the first row and the first three alone; and rows of chains as requests of
-    one token each, behind a longer context."""
+    one token each, after a longer context."""
     case = make_case(requests, dtype=dtype, pages_dtype=torch.float32, **shape)
     _attend(case)
     plan, index = case.plan, len(calls) - 1

@@ -32,7 +32,7 @@ class Processor:
     isa: str
     #: Command of an emulator; empty is this machine.
     emulator: tuple[str, ...] = ()
-    #: Bytes behind each buffer that the emulator reads by mistake.
+    #: Bytes after each buffer that the emulator reads by mistake.
     spare_bytes: int = 0
 
     def __str__(self) -> str:

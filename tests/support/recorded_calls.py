@@ -67,7 +67,7 @@ def _floats(half: int) -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
-#: Of each function: bytes behind each pointer, and dtypes of the outputs, by position, from its arguments.
+#: Of each function: bytes at each pointer, and dtypes of the outputs, by position, from its arguments.
 _Layout = tuple[dict[int, int], dict[int, torch.dtype]]
 
 
@@ -155,7 +155,7 @@ def _bytes_at(pointer: Any, size: int) -> bytes:
 
 
 def _tables(pointer: Any, num: int) -> bytes:
-    """Tables of `grow_trees`, and behind them what they point at; pointers become distances from the first."""
+    """Tables of `grow_trees`, and after them what they point at; pointers become distances from the first."""
     fields = list(struct.unpack(f"<{num * _TABLE_FIELDS}q", _bytes_at(pointer, 8 * num * _TABLE_FIELDS)))
     pointed = b""
     for i in range(0, len(fields), _TABLE_FIELDS):
