@@ -76,8 +76,9 @@ class EngineReplica:
     def _agree(self, own: Arithmetic) -> Arithmetic:
         """See `Directory.agree`. Asked in a thread: Serve's event loop is in the constructor."""
         with ThreadPoolExecutor(1) as thread:
-            asked = thread.submit(lambda: self._directory.agree.remote(self._id, self._deployment, own).result())
-            agreed: Arithmetic = asked.result(_AGREE_TIMEOUT_S)
+            asked = self._directory.agree.remote
+            answer = thread.submit(lambda: asked(self._id, self._deployment, own).result(timeout_s=_AGREE_TIMEOUT_S))
+            agreed: Arithmetic = answer.result()
         return agreed
 
     async def check_health(self) -> None:

@@ -84,8 +84,8 @@ class StartProgress:
             with suppress(Exception):
                 found = launch.starting()
                 if found and not ended.is_set():
-                    told = ", ".join(f"replica {name}: {each}" for name, each in sorted(found.items()))
-                    self._show(f"{phase}: {told}")
+                    phases = ", ".join(f"replica {name}: {each}" for name, each in sorted(found.items()))
+                    self._show(f"{phase}: {phases}")
 
     def _show(self, text: str) -> None:
         text = f"{text}{self._note}"
